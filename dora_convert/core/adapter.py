@@ -1,0 +1,95 @@
+"""An adapter in canonical layout, whatever trainer wrote it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from dora_convert.core.tensors import TensorRef
+
+__all__ = ["Adapter", "DoraModule", "LowRank", "MagnitudeAxis", "TokenRows"]
+
+
+class MagnitudeAxis(enum.Enum):
+    """Which axis of the stored `[out, in]` weight a magnitude has an entry for.
+
+    OUT: one per output row, the norm runs over the inputs. IN: one per input column, the norm
+    runs over the outputs.
+    """
+
+    OUT = "out"
+    IN = "in"
+
+    @property
+    def flipped(self) -> MagnitudeAxis:
+        """The same axis seen on the transposed weight."""
+        return MagnitudeAxis.IN if self is MagnitudeAxis.OUT else MagnitudeAxis.OUT
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The update before scaling, `up @ down`."""
+
+    down: TensorRef  # [rank, in]
+    up: TensorRef  # [out, rank]
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the product."""
+        return self.down.spec.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the product, `[out, in]`."""
+        return self.up.spec.shape[0], self.down.spec.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class DoraModule:
+    """One adapted weight: `m * V / ||V||` with `V = W + scaling * up @ down` (arXiv 2402.09353).
+
+    `delta` is None where only the magnitude was trained; `magnitude` is None for a plain LoRA
+    module, `W' = V`. `weight` is the trainer's own copy of W, where the file carries one.
+    """
+
+    path: str
+    delta: LowRank | None
+    magnitude: TensorRef | None  # [out] or [in], by `axis`
+    axis: MagnitudeAxis
+    scaling: float
+    weight: TensorRef | None = None
+
+    def transposed(self) -> DoraModule:
+        """The same module for a weight that is stored `[in, out]`, as `weight` already is."""
+        delta = self.delta
+        if delta is not None:
+            delta = LowRank(down=delta.up.transposed(), up=delta.down.transposed())
+        return replace(self, delta=delta, axis=self.axis.flipped)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding that were trained whole and replace the base's (`[n, dim]`)."""
+
+    indices: tuple[int, ...]
+    rows: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """All that an adapter changes, each tensor of its files accounted for.
+
+    `modules` and `token_rows` are keyed by module path, `replaced` (tensors trained whole) by tensor
+    path. `task` is the head the trainer put on (PEFT's task_type). `keeps_ties`: replaced input and
+    output embeddings were trained as one tensor.
+    """
+
+    format: str
+    modules: Mapping[str, DoraModule]
+    replaced: Mapping[str, TensorRef] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    base_model: str | None = None
+    task: str | None = None
+    keeps_ties: bool = False
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,135 @@
+"""What will be written, decided before the first byte: one Plan, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from dora_convert.core.adapter import DoraModule, TokenRows
+from dora_convert.core.tensors import TensorRef, TensorSpec
+
+__all__ = [
+    "CarriedFile",
+    "Cast",
+    "Copy",
+    "Document",
+    "Job",
+    "Merge",
+    "Op",
+    "PatchRows",
+    "Piece",
+    "Plan",
+    "Shard",
+    "WrittenFile",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The source's bytes as they are."""
+
+    source: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The source in another element type."""
+
+    source: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `start:stop` of the output are rows `offset:` of an adapted module."""
+
+    start: int
+    stop: int
+    module: DoraModule
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """`m * V / ||V||` row block by row block; rows outside every piece are the base's own.
+
+    `base` is a matrix `[rows, columns]`. A module with axis IN is one piece over all of it.
+    """
+
+    base: TensorRef
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchRows:
+    """The base with some rows replaced."""
+
+    base: TensorRef
+    patch: TokenRows
+
+
+Op: TypeAlias = Copy | Cast | Merge | PatchRows
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """How one output tensor comes about."""
+
+    op: Op
+    output: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file."""
+
+    file: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The tensors it holds."""
+        return tuple(job.output for job in self.jobs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedFile:
+    """A file copied from base or adapter."""
+
+    name: str
+    source: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A text written by this tool."""
+
+    name: str
+    text: str
+
+
+Document: TypeAlias = CarriedFile | WrittenFile
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that OUT will hold. `notes` say what a user should know before it runs."""
+
+    shards: tuple[Shard, ...]
+    documents: tuple[Document, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """All jobs, in shard order."""
+        return tuple(job for shard in self.shards for job in shard.jobs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(shard.nbytes for shard in self.shards)

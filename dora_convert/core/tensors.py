@@ -1,0 +1,164 @@
+"""What a tensor is, without holding one: dtype, spec, and a reference as plain data."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+__all__ = [
+    "DType",
+    "Pickled",
+    "Reshaped",
+    "Slice",
+    "Source",
+    "Step",
+    "TensorRef",
+    "TensorSpec",
+    "Transposed",
+]
+
+
+class DType(enum.Enum):
+    """Element types by their safetensors names, in the format's alignment order: (name, bits).
+
+    The order is that of safetensors' own enumeration; its writer sorts tensors by it, descending.
+    """
+
+    BOOL = ("BOOL", 8)
+    F4 = ("F4", 4)
+    F6_E2M3 = ("F6_E2M3", 6)
+    F6_E3M2 = ("F6_E3M2", 6)
+    U8 = ("U8", 8)
+    I8 = ("I8", 8)
+    F8_E5M2 = ("F8_E5M2", 8)
+    F8_E4M3 = ("F8_E4M3", 8)
+    F8_E8M0 = ("F8_E8M0", 8)
+    F8_E4M3FNUZ = ("F8_E4M3FNUZ", 8)
+    F8_E5M2FNUZ = ("F8_E5M2FNUZ", 8)
+    I16 = ("I16", 16)
+    U16 = ("U16", 16)
+    F16 = ("F16", 16)
+    BF16 = ("BF16", 16)
+    I32 = ("I32", 32)
+    U32 = ("U32", 32)
+    F32 = ("F32", 32)
+    C64 = ("C64", 64)
+    F64 = ("F64", 64)
+    I64 = ("I64", 64)
+    U64 = ("U64", 64)
+
+    @property
+    def label(self) -> str:
+        """The name used in a safetensors header."""
+        return self.value[0]
+
+    @property
+    def bits(self) -> int:
+        """Size of one element."""
+        return self.value[1]
+
+    @property
+    def order(self) -> int:
+        """Rank in the format's alignment order."""
+        return _ORDER[self]
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether a dense weight may be stored in it: a plain float of 16 bits or more."""
+        return self in (DType.F16, DType.BF16, DType.F32, DType.F64)
+
+
+_ORDER = {dtype: rank for rank, dtype in enumerate(DType)}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, element type and shape."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense row-major layout; sub-byte types are packed."""
+        return math.prod(self.shape) * self.dtype.bits // 8
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Row-major bytes inside a file, from `start` on."""
+
+    file: Path
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """An entry of a torch pickle."""
+
+    file: Path
+    key: str
+
+
+Source: TypeAlias = Slice | Pickled
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """Swap the two axes of a matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reshaped:
+    """Same elements in row-major order under another shape."""
+
+    shape: tuple[int, ...]
+
+
+Step: TypeAlias = Transposed | Reshaped
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor to be had later: what it looks like, where it lies, how it is turned.
+
+    `stored` is the tensor on disk; `spec` is what comes out after the `view` steps.
+    """
+
+    spec: TensorSpec
+    source: Source
+    stored: TensorSpec
+    view: tuple[Step, ...] = ()
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether a block of rows is one range of the stored bytes."""
+        return all(isinstance(step, Reshaped) for step in self.view)
+
+    def transposed(self) -> TensorRef:
+        """The matrix with its axes swapped."""
+        assert len(self.spec.shape) == 2, self.spec
+        flipped = replace(self.spec, shape=self.spec.shape[::-1])
+        return replace(self, spec=flipped, view=(*self.view, Transposed()))
+
+    def reshaped(self, *shape: int) -> TensorRef:
+        """The same elements under another shape; free when the shape is the same."""
+        assert math.prod(shape) == self.spec.numel, (shape, self.spec)
+        if shape == self.spec.shape:
+            return self
+        return replace(
+            self, spec=replace(self.spec, shape=shape), view=(*self.view, Reshaped(shape))
+        )
+
+    def renamed(self, name: str) -> TensorRef:
+        """The same tensor under another name."""
+        return replace(self, spec=replace(self.spec, name=name))

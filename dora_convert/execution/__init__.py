@@ -1,0 +1,1 @@
+"""Plan to bytes, and bytes back to numbers."""

@@ -1,0 +1,1 @@
+"""Adapter and checkpoint to Plan, without reading tensor data."""

@@ -1,0 +1,1 @@
+"""Bytes: reading and writing the files that hold tensors and documents."""
