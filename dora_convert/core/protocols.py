@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from dora_convert.core.adapter import Adapter
+from dora_convert.core.adapter import Adapter, MagnitudeAxis
 from dora_convert.core.bundle import Bundle
 
 __all__ = ["AdapterFormat", "Listener"]
@@ -19,10 +19,11 @@ class AdapterFormat(Protocol):
         """Whether the files are of this format; at most one format may say so."""
         ...
 
-    def read(self, bundle: Bundle) -> Adapter:
+    def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
         """Canonical layout, scaling resolved, every tensor accounted for.
 
-        Raises InputError with all that is wrong, at once.
+        `axis` is the user's word on what a magnitude belongs to, where format and shape do not
+        decide. Raises InputError with all that is wrong, at once.
         """
         ...
 

@@ -1,0 +1,35 @@
+"""One adapter layout a file; which of them a folder holds is asked of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dora_convert.core.bundle import Bundle
+from dora_convert.core.protocols import AdapterFormat
+from dora_convert.errors import InputError
+from dora_convert.registry import Registry
+
+__all__ = ["detect", "formats"]
+
+formats: Registry[AdapterFormat] = Registry("dora_convert.formats", "FORMAT")
+
+
+def detect(bundle: Bundle, names: Sequence[str] | None = None) -> str:
+    """The one format that recognises the files.
+
+    Raises InputError where none does, or more than one.
+    """
+    known = formats.names() if names is None else names
+    found = [name for name in known if formats.get(name).detect(bundle)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(
+            f"more than one adapter format fits: {', '.join(found)}", where=str(bundle.root)
+        )
+    sample = ", ".join(sorted(bundle.tensors)[:3]) or "none"
+    raise InputError(
+        "these files are not an adapter in a known format",
+        where=(str(bundle.root), f"tensors: {sample}"),
+        hint=f"Known formats: {', '.join(known)}. Is this the adapter's folder?",
+    )

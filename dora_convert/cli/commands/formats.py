@@ -1,0 +1,34 @@
+"""`dora-convert formats`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from dora_convert.cli.console import show_json
+from dora_convert.cli.params import json_option
+
+__all__ = ["COMMAND"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Formats:
+    adapters: dict[str, str]
+
+
+@click.command()
+@json_option
+def formats(*, as_json: bool) -> None:
+    """List the adapter formats that can be read."""
+    from dora_convert.formats import formats as registry
+
+    titles = {name: registry.get(name).title for name in registry.names()}
+    if as_json:
+        show_json("formats", _Formats(titles))
+        return
+    for name, title in titles.items():
+        click.echo(f"{name:10} {title}")
+
+
+COMMAND = formats

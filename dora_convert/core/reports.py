@@ -1,0 +1,107 @@
+"""What the api returns: numbers and names, ready for a table or for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Figures", "Group", "Inspection", "MergeReport", "Rounding", "Verification"]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How far modules moved from the base. Ratios of Frobenius norms, unless said otherwise.
+
+    `update`: ||scaling up down|| / ||W||. `effect`: ||W' - W|| / ||W||. `magnitude_shift`: mean
+    |m - ||W||| over mean ||W||, the paper's ΔM made relative. `direction_shift`: mean of
+    1 - cos(V, W), the paper's ΔD. `magnitude_bias`, `magnitude_spread`: mean and standard
+    deviation of log(m / ||W||). `rounding_loss`: ||Q(W') - W'|| / ||W' - W|| for the storage type
+    `stored_as`. `kept`: the share of the update that is still there after rounding, by projection.
+    """
+
+    update: float
+    effect: float
+    magnitude_shift: float
+    magnitude_bias: float
+    magnitude_spread: float
+    direction_shift: float
+    rounding_loss: float
+    kept: float
+    stored_as: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Modules that share the last part of their path, or a single module."""
+
+    name: str
+    modules: int
+    kinds: tuple[str, ...]  # DoRA, LoRA, magnitude
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    axes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]  # [out, in] of the layer
+    dtypes: tuple[str, ...]
+    nbytes: int
+    figures: Figures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What an adapter is and, with a base, what it does."""
+
+    adapter: str
+    format: str
+    kind: str
+    base_model: str | None
+    base: str | None
+    modules: int
+    nbytes: int
+    groups: tuple[Group, ...]
+    replaced: tuple[str, ...]
+    token_rows: int
+    total: Figures | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What one rounding to the output's type did, over the rows that were recomputed.
+
+    `loss` and `kept` as in `Figures`; `off`: share of elements that are not the float64 result
+    correctly rounded.
+    """
+
+    loss: float
+    kept: float
+    off: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was recomputed, and what came out different."""
+
+    tensors: int
+    modules: int
+    rows: int
+    compared_bytes: int
+    differences: tuple[str, ...]
+    rounding: Rounding | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """A finished (or, for a dry run, planned) merge. Sizes in bytes, times in seconds."""
+
+    output: str
+    adapter: str
+    base: str
+    format: str
+    merged: int
+    replaced: int
+    untouched: int
+    shards: int
+    nbytes: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    verification: Verification | None

@@ -1,0 +1,153 @@
+"""Looking at data before anything is written: sound numbers, and is it the right base at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis
+from dora_convert.core.plan import Merge, Plan
+from dora_convert.core.tensors import Reshaped, TensorRef
+from dora_convert.storage.reader import Reader
+
+__all__ = ["Fingerprint", "copy_differences", "fingerprint", "nonfinite"]
+
+T = TypeVar("T")
+
+_BLOCK = 8 << 20
+_MODULES = 48
+_ROWS = 32
+
+
+def nonfinite(adapter: Adapter, reader: Reader) -> list[str]:
+    """A line for each adapter tensor that holds NaN or infinity."""
+    problems = []
+    for ref in _tensors(adapter):
+        count = sum(int((~torch.isfinite(block)).sum()) for block in _blocks(ref, reader))
+        if count:
+            problems.append(f"{ref.stored.name}: {count} of {ref.stored.numel} values are NaN or Inf")
+    return problems
+
+
+def _tensors(adapter: Adapter) -> Iterable[TensorRef]:
+    for module in adapter.modules.values():
+        if module.delta is not None:
+            yield module.delta.down
+            yield module.delta.up
+        if module.magnitude is not None:
+            yield module.magnitude
+    yield from adapter.replaced.values()
+    for patch in adapter.token_rows.values():
+        yield patch.rows
+
+
+def _blocks(ref: TensorRef, reader: Reader) -> Iterable[Tensor]:
+    size = ref.stored.dtype.bits // 8
+    count = ref.stored.numel
+    flat = TensorRef(ref.stored, ref.source, ref.stored, (Reshaped((count, 1)),)).reshaped(count, 1)
+    buffer = torch.empty(min(_BLOCK, max(count * size, 1)), dtype=torch.uint8)
+    with reader.rows(flat) as rows:
+        for start in range(0, count, max(1, _BLOCK // size)):
+            yield rows.read(start, min(start + _BLOCK // size, count), buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """How well the magnitudes sit on the base's norms: DoRA starts at `m = ||W||` and stays near.
+
+    `deviation`: median |log(m / ||W||)|. `correlation`: of log m with log ||W|| within modules.
+    `spread`: standard deviation of log ||W|| within modules; where it is tiny, the correlation
+    says nothing.
+    """
+
+    rows: int
+    deviation: float
+    correlation: float
+    spread: float
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a base of the right shape is probably not the one that was trained on.
+
+        A real training moves magnitudes by a few percent; other weights are off by more, or
+        their rows are long where others are short.
+        """
+        return self.deviation > 0.25 or (self.spread > 0.03 and self.correlation < 0.3)
+
+
+def fingerprint(plan: Plan, reader: Reader) -> Fingerprint | None:
+    """Sampled over modules and rows; None where no module has a magnitude per output row."""
+    pairs = [
+        (op.base, piece.module, piece.start, piece.offset, piece.stop - piece.start)
+        for op in (job.op for job in plan.jobs)
+        if isinstance(op, Merge)
+        for piece in op.pieces
+        if piece.module.axis is MagnitudeAxis.OUT and piece.module.magnitude is not None
+    ]
+    logs: list[tuple[Tensor, Tensor]] = []
+    for base, module, start, offset, count in _spread(pairs, _MODULES):
+        picked = _indices(count, _ROWS)
+        norms = _row_norms(base, start + picked, reader)
+        assert module.magnitude is not None
+        magnitude = reader.load(module.magnitude).double()[offset + picked].abs()
+        used = (norms > 0) & (magnitude > 0)
+        if int(used.sum()) > 1:
+            logs.append((magnitude[used].log(), norms[used].log()))
+    if not logs:
+        return None
+    difference = torch.cat([m - n for m, n in logs])
+    m = torch.cat([m - m.mean() for m, _ in logs])
+    n = torch.cat([n - n.mean() for _, n in logs])
+    denominator = math.sqrt(float(m.square().sum()) * float(n.square().sum()))
+    return Fingerprint(
+        rows=len(difference),
+        deviation=float(difference.abs().median()),
+        correlation=float((m * n).sum()) / denominator if denominator else 1.0,
+        spread=float(n.square().mean().sqrt()),
+    )
+
+
+def copy_differences(
+    modules: Iterable[DoraModule], bases: Mapping[str, TensorRef], reader: Reader
+) -> list[str]:
+    """Paths of modules whose own copy of the base weight is not what the base holds.
+
+    `bases` gives the stored weight by module path. Rows are sampled, and compared to the
+    precision of the coarser of the two types.
+    """
+    different = []
+    for module in modules:
+        if module.weight is None or module.path not in bases:
+            continue
+        copy, base = module.weight, bases[module.path]
+        rows = _indices(min(copy.spec.shape[0], base.spec.shape[0]), _ROWS)
+        mine, theirs = _rows(copy, rows, reader), _rows(base, rows, reader)
+        scale = theirs.abs().amax()
+        if bool(((mine - theirs).abs() > 0.01 * theirs.abs() + 1e-3 * scale).any()):
+            different.append(module.path)
+    return different
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    step = max(1, math.ceil(len(items) / count))
+    return items[::step]
+
+
+def _indices(count: int, wanted: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+
+
+def _row_norms(base: TensorRef, rows: Tensor, reader: Reader) -> Tensor:
+    return torch.linalg.vector_norm(_rows(base, rows, reader), dim=1)
+
+
+def _rows(ref: TensorRef, rows: Tensor, reader: Reader) -> Tensor:
+    matrix = ref.reshaped(ref.spec.shape[0], ref.spec.numel // ref.spec.shape[0])
+    buffer = torch.empty(matrix.spec.nbytes // matrix.spec.shape[0], dtype=torch.uint8)
+    with reader.rows(matrix) as blocks:
+        return torch.cat([blocks.read(i, i + 1, buffer).double() for i in rows.tolist()])

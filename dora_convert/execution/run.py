@@ -1,0 +1,236 @@
+"""A plan to files, on CPU threads. The bytes do not depend on how many there are."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from dora_convert.core.plan import Merge, Plan
+from dora_convert.core.protocols import Listener
+from dora_convert.errors import MismatchError
+from dora_convert.execution.kernels import Buffers, Output, run_unit, sum_columns
+from dora_convert.execution.threads import in_threads
+from dora_convert.execution.units import Unit, is_two_pass, units
+from dora_convert.maths.dora import RowFaults, column_factors
+from dora_convert.storage.reader import Reader
+from dora_convert.storage.shards import ShardWriter
+
+__all__ = ["RunTimes", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """Seconds until all bytes were handed to the system, and until they were on the disk."""
+
+    merge: float
+    sync: float
+
+
+@dataclass(slots=True)
+class _Faults:
+    """What went wrong in which tensor; several threads add to it."""
+
+    found: dict[str, RowFaults] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, faults: RowFaults) -> None:
+        if faults:
+            with self.lock:
+                self.found[name] = self.found.get(name, RowFaults()) + faults
+
+
+def run(
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int,
+    listener: Listener,
+    keep_zero_rows: bool = False,
+) -> RunTimes:
+    """Write every shard of the plan into `folder`, each fsynced as soon as it is complete.
+
+    Raises MismatchError, once all is seen, for rows whose result is undefined; `keep_zero_rows`
+    leaves rows of norm 0 at zero instead.
+    """
+    begun = time.perf_counter()
+    reader, faults = Reader(), _Faults()
+    work = list(units(plan))
+    factors = _measure([u for u in work if is_two_pass(u.job)], reader, faults, workers)
+    merged = _write(plan, work, folder, reader, factors, faults, workers, listener)
+    _raise_faults(faults.found, keep_zero_rows=keep_zero_rows)
+    return RunTimes(merge=merged - begun, sync=time.perf_counter() - merged)
+
+
+def _measure(
+    work: Sequence[Unit], reader: Reader, faults: _Faults, workers: int
+) -> dict[str, Tensor]:
+    """First pass of IN jobs: the factor of every column, by output tensor."""
+    sums: dict[int, Tensor] = {}
+    buffers = _PerThread()
+
+    def measure(item: tuple[int, Unit]) -> None:
+        sums[item[0]] = sum_columns(item[1], reader, buffers.own)
+
+    in_threads(list(enumerate(work)), measure, workers)
+    totals: dict[str, Tensor] = {}
+    # Added in the order of the units, whoever computed them: float addition is not associative.
+    for i, unit in enumerate(work):
+        name = unit.job.output.name
+        totals[name] = totals[name] + sums[i] if name in totals else sums[i]
+    factors = {}
+    for name, squares in totals.items():
+        op = next(u.job.op for u in work if u.job.output.name == name)
+        assert isinstance(op, Merge)
+        magnitude = op.pieces[0].module.magnitude
+        assert magnitude is not None
+        factors[name], fault = column_factors(reader.load(magnitude), squares)
+        faults.add(name, fault)
+    return factors
+
+
+class _PerThread(threading.local):
+    """One set of buffers for each thread that asks."""
+
+    def __init__(self) -> None:
+        self.own = Buffers()
+
+
+class _Shards:
+    """Files that are open, and how many units each still waits for."""
+
+    def __init__(self, plan: Plan, work: Iterable[Unit], folder: Path) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._waiting = Counter(unit.shard for unit in work)
+        self._open: dict[int, ShardWriter] = {}
+        self._lock = threading.Lock()
+
+    def writer(self, index: int) -> ShardWriter:
+        with self._lock:
+            if index not in self._open:
+                shard = self._plan.shards[index]
+                self._open[index] = ShardWriter(self._folder / shard.file, shard.specs)
+            return self._open[index]
+
+    def done(self, index: int) -> ShardWriter | None:
+        """One unit less; the file, once it was the last."""
+        with self._lock:
+            self._waiting[index] -= 1
+            return self._open.pop(index) if self._waiting[index] == 0 else None
+
+    def close(self) -> None:
+        for writer in self._open.values():
+            writer.close()
+
+    def empty(self) -> list[ShardWriter]:
+        """Files without any byte of data, which no unit opens."""
+        return [self.writer(i) for i in range(len(self._plan.shards)) if i not in self._waiting]
+
+
+def _write(
+    plan: Plan,
+    work: Sequence[Unit],
+    folder: Path,
+    reader: Reader,
+    factors: Mapping[str, Tensor],
+    faults: _Faults,
+    workers: int,
+    listener: Listener,
+) -> float:
+    """All units; returns the time at which the last byte was handed to the system."""
+    shards = _Shards(plan, work, folder)
+    sealer = _Sealer(listener)
+    buffers = _PerThread()
+
+    def write(unit: Unit) -> None:
+        output = Output(reader, buffers.own, shards.writer(unit.shard), factors)
+        faults.add(unit.job.output.name, run_unit(unit, output))
+        listener.advanced(_nbytes(unit))
+        complete = shards.done(unit.shard)
+        if complete is not None:
+            sealer.put(complete)
+
+    try:
+        in_threads(work, write, workers)
+        for writer in shards.empty():
+            sealer.put(writer)
+        merged = time.perf_counter()
+    except BaseException:
+        sealer.abandon()
+        raise
+    finally:
+        shards.close()
+    sealer.finish()
+    return merged
+
+
+def _nbytes(unit: Unit) -> int:
+    whole = unit.job.output.nbytes
+    if isinstance(unit.job.op, Merge):
+        return whole * (unit.stop - unit.start) // unit.job.op.base.spec.shape[0]
+    return min(unit.stop - unit.start, whole) if unit.stop - unit.start > 1 else whole
+
+
+class _Sealer:
+    """Waits for the disk in a thread of its own, so that workers need not."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._queue: queue.SimpleQueue[ShardWriter | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._seal, name="sealer", daemon=True)
+        self._thread.start()
+
+    def put(self, writer: ShardWriter) -> None:
+        self._queue.put(writer)
+
+    def finish(self) -> None:
+        """Wait for all; raises what went wrong."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        """The run failed: wait for the file in hand only."""
+        self._error = self._error or InterruptedError()
+        self._queue.put(None)
+        self._thread.join()
+
+    def _seal(self) -> None:
+        while (writer := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    writer.seal()
+                    self._listener.sealed(writer.file.name)
+            except BaseException as error:  # noqa: BLE001 - handed to `finish`
+                self._error = error
+            finally:
+                writer.close()
+
+
+def _raise_faults(found: Mapping[str, RowFaults], *, keep_zero_rows: bool) -> None:
+    problems, zero = [], False
+    for name, faults in sorted(found.items()):
+        if faults.nonfinite:
+            problems.append(f"{name}: {faults.nonfinite} rows are NaN or infinite in the base")
+        if faults.zero and not keep_zero_rows:
+            zero = True
+            problems.append(
+                f"{name}: {faults.zero} rows are zero in the base, but have a magnitude"
+            )
+        if faults.overflow:
+            problems.append(f"{name}: {faults.overflow} values are too large for float16")
+    if problems:
+        raise MismatchError(
+            "the merged weights are not defined everywhere; nothing was written",
+            problems=problems,
+            hint="--zero-rows keep leaves rows of zeros as they are." if zero else "",
+        )

@@ -1,0 +1,60 @@
+"""A list of work shared out to threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+__all__ = ["in_threads"]
+
+T = TypeVar("T")
+
+
+def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None:
+    """Call `do` for every item; the first error stops all at their next item and is raised here.
+
+    torch itself runs on one thread meanwhile: blocks are too small to be worth splitting further.
+    """
+    items = iter(work)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        while not errors:
+            with lock:
+                item = next(items, None)
+            if item is None:
+                return
+            try:
+                do(item)
+            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+                errors.append(error)
+
+    threads = [threading.Thread(target=loop, daemon=True) for _ in range(min(workers, len(work)))]
+    with _single_threaded_torch():
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # an interrupt arrives here, in the main thread
+            errors.append(error)
+            for thread in threads:
+                thread.join()
+            raise
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,55 @@
+"""A plan cut into units of work, each small enough to be shared out and large enough to pay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dora_convert.core.adapter import MagnitudeAxis
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan
+from dora_convert.core.tensors import Slice
+
+__all__ = ["Unit", "is_two_pass", "units"]
+
+# Cuts depend on nothing but the plan, so that results do not depend on the machine.
+UNIT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Part `start:stop` of one job, in rows; in bytes where bytes are copied as they are."""
+
+    shard: int
+    job: Job
+    start: int
+    stop: int
+
+
+def is_two_pass(job: Job) -> bool:
+    """Whether norms run over the rows, so that all rows must be seen before one is written."""
+    return isinstance(job.op, Merge) and any(
+        piece.module.axis is MagnitudeAxis.IN and piece.module.magnitude is not None
+        for piece in job.op.pieces
+    )
+
+
+def units(plan: Plan) -> Iterator[Unit]:
+    """All units, in the order of shards and of tensors in them."""
+    for index, shard in enumerate(plan.shards):
+        for job in shard.jobs:
+            yield from _cut(index, job)
+
+
+def _cut(shard: int, job: Job) -> Iterator[Unit]:
+    match job.op:
+        case Copy(source) if isinstance(source.source, Slice) and not source.view:
+            total, step = job.output.nbytes, 2 * UNIT_BYTES
+        case Merge(base):
+            total = base.spec.shape[0]
+            step = max(1, UNIT_BYTES * total // max(base.spec.nbytes, 1))
+        case Copy() | Cast() | PatchRows():
+            total = step = 1
+    if total == 0:
+        return
+    for start in range(0, total, step):
+        yield Unit(shard, job, start, min(start + step, total))

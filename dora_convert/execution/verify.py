@@ -1,0 +1,260 @@
+"""Recomputing a result by another road: safetensors' own reader, and the formula in float64.
+
+The kernel that wrote the result is not used here, and neither is this package's reader of bytes.
+Only the plan is shared: what was to be done, not how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Piece, Plan
+from dora_convert.core.reports import Rounding, Verification
+from dora_convert.core.tensors import Pickled, TensorRef, Transposed
+
+__all__ = ["verify"]
+
+_BLOCK = 16 << 20  # elements of one block, whatever the tensor
+
+
+@dataclass(slots=True)
+class _Tally:
+    modules: set[str] = field(default_factory=set)
+    rows: int = 0
+    compared: int = 0
+    elements: int = 0
+    off: int = 0
+    noise: float = 0.0
+    effect: float = 0.0
+    kept: float = 0.0
+    differences: list[str] = field(default_factory=list)
+
+
+def verify(
+    plan: Plan,
+    files: Mapping[str, Path],
+    *,
+    samples: int | None,
+    tolerance: float = 1.0,
+) -> Verification:
+    """Compare the tensors in `files` (tensor name to safetensors file) with what they must be.
+
+    `samples` rows of some modules and as many blocks of untouched tensors are looked at; None
+    looks at everything. `tolerance` is in units of the last place of the output's type.
+    """
+    tally = _Tally()
+    merges = [job for job in plan.jobs if isinstance(job.op, Merge)]
+    chosen = {job.output.name for job in _some(merges, samples)}
+    for job in plan.jobs:
+        file = files.get(job.output.name)
+        if file is None:
+            tally.differences.append(f"{job.output.name}: missing")
+            continue
+        with safe_open(str(file), framework="pt") as handle:
+            stored = handle.get_slice(job.output.name)
+            shape = tuple(stored.get_shape())
+            if shape != job.output.shape or stored.get_dtype() != job.output.dtype.label:
+                tally.differences.append(
+                    f"{job.output.name}: {stored.get_dtype()} {list(shape)}, expected "
+                    f"{job.output.dtype.label} {list(job.output.shape)}"
+                )
+            elif not isinstance(job.op, Merge):
+                _compare_plain(job, file, samples, tally)
+            elif job.output.name in chosen:
+                _compare_merge(job, job.op, file, samples, tolerance, tally)
+    rounding = None
+    if tally.elements and tally.effect:
+        rounding = Rounding(
+            loss=math.sqrt(tally.noise / tally.effect),
+            kept=tally.kept / tally.effect,
+            off=tally.off / tally.elements,
+        )
+    return Verification(
+        tensors=len(plan.jobs),
+        modules=len(tally.modules),
+        rows=tally.rows,
+        compared_bytes=tally.compared,
+        differences=tuple(tally.differences),
+        rounding=rounding,
+    )
+
+
+def _some(jobs: Sequence[Job], samples: int | None) -> Sequence[Job]:
+    if samples is None or len(jobs) <= samples:
+        return jobs
+    step = len(jobs) / samples
+    return [jobs[int(i * step)] for i in range(samples)]
+
+
+def _rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
+    """Rows of a stored tensor as a matrix, by safetensors' own reader."""
+    with safe_open(str(file), framework="pt") as handle:
+        stored = handle.get_slice(name)
+        if len(rows) == rows[-1] - rows[0] + 1:
+            found: Tensor = stored[rows[0] : rows[-1] + 1]
+        else:
+            found = torch.cat([stored[i : i + 1] for i in rows])
+    return found.reshape(len(rows), -1)
+
+
+def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
+    if isinstance(ref.source, Pickled):
+        loaded: Mapping[str, Tensor] = torch.load(
+            ref.source.file, weights_only=True, map_location="cpu"
+        )
+        whole = loaded[ref.source.key].detach()
+        return whole.reshape(ref.spec.shape[0], -1)[list(rows)]
+    return _rows_of(ref.source.file, ref.stored.name, rows)
+
+
+def _whole(ref: TensorRef) -> Tensor:
+    """A small tensor in float64, its view applied."""
+    if isinstance(ref.source, Pickled):
+        tensor = torch.load(ref.source.file, weights_only=True, map_location="cpu")[ref.source.key]
+    else:
+        with safe_open(str(ref.source.file), framework="pt") as handle:
+            tensor = handle.get_tensor(ref.stored.name)
+    result: Tensor = tensor.detach().double()
+    for step in ref.view:
+        result = result.T if isinstance(step, Transposed) else result.reshape(step.shape)
+    return result
+
+
+def _spans(rows: int, columns: int, samples: int | None) -> list[list[int]]:
+    """Row numbers to look at, in blocks: all, or some from the first to the last."""
+    if samples is not None and rows > samples:
+        picked = {round(i * (rows - 1) / max(samples - 1, 1)) for i in range(samples)}
+        return [sorted(picked)]
+    step = max(1, _BLOCK // max(columns, 1))
+    return [list(range(i, min(i + step, rows))) for i in range(0, rows, step)]
+
+
+def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> None:
+    """Copies, casts and patched rows are exact, bit for bit."""
+    name, shape = job.output.name, job.output.shape
+    if 0 in shape:
+        return
+    if not shape:
+        with safe_open(str(file), framework="pt") as handle:
+            same = _same_bits(handle.get_tensor(name).reshape(1, 1), _scalar(job))
+        if not same:
+            tally.differences.append(f"{name}: its value differs")
+        return
+    columns = math.prod(shape[1:])
+    for rows in _spans(shape[0], columns, samples):
+        got = _rows_of(file, name, rows)
+        expected = _expected_rows(job, rows).to(got.dtype)
+        tally.compared += got.numel() * got.dtype.itemsize
+        if not _same_bits(got, expected):
+            wrong = sum(not _same_bits(a, b) for a, b in zip(got, expected, strict=True))
+            tally.differences.append(f"{name}: {wrong} of {len(rows)} rows differ from their source")
+
+
+def _scalar(job: Job) -> Tensor:
+    assert isinstance(job.op, Copy | Cast)
+    return _whole(job.op.source).reshape(1, 1)
+
+
+def _expected_rows(job: Job, rows: Sequence[int]) -> Tensor:
+    match job.op:
+        case Copy(source) | Cast(source):
+            return _source_rows(source, rows)
+        case PatchRows(base, patch):
+            expected = _source_rows(base, rows).clone()
+            trained = _whole(patch.rows)
+            for i, index in enumerate(patch.indices):
+                if index in rows:
+                    expected[rows.index(index)] = trained[i].to(expected.dtype)
+            return expected
+        case Merge():
+            raise AssertionError(job)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype is not b.dtype:
+        # A scalar that came through float64.
+        return bool((a == b.to(a.dtype)).all())
+    return torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def _compare_merge(
+    job: Job, op: Merge, file: Path, samples: int | None, tolerance: float, tally: _Tally
+) -> None:
+    name, (count, columns) = job.output.name, op.base.spec.shape
+    norms = {
+        id(piece): _column_norms(op.base, piece.module)
+        for piece in op.pieces
+        if piece.module.axis is MagnitudeAxis.IN and piece.module.magnitude is not None
+    }
+    wrong = 0
+    for rows in _spans(count, columns, samples):
+        base = _source_rows(op.base, rows).double()
+        exact = base.clone()
+        for piece in op.pieces:
+            inside = [i for i, row in enumerate(rows) if piece.start <= row < piece.stop]
+            if inside:
+                module_rows = [rows[i] - piece.start + piece.offset for i in inside]
+                exact[inside] = _exact(base[inside], piece.module, module_rows, norms.get(id(piece)))
+        got = _rows_of(file, name, rows)
+        wrong += _compare(got, exact, base, tolerance, tally)
+        tally.rows += len(rows)
+    tally.modules |= {piece.module.path for piece in op.pieces}
+    if wrong:
+        tally.differences.append(f"{name}: {wrong} values are not the recomputed ones")
+
+
+def _exact(
+    base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None
+) -> Tensor:
+    """The paper's formula on some rows, in float64."""
+    direction = base
+    if module.delta is not None:
+        up, down = _whole(module.delta.up)[list(rows)], _whole(module.delta.down)
+        direction = base + module.scaling * (up @ down)
+    if module.magnitude is None:
+        return direction
+    magnitude = _whole(module.magnitude)
+    if norms is not None:
+        return torch.where(norms > 0, magnitude * direction / norms, torch.zeros_like(direction))
+    length = direction.square().sum(dim=1, keepdim=True).sqrt()
+    scaled = magnitude[list(rows)].unsqueeze(1) * direction / length
+    return torch.where(length > 0, scaled, torch.zeros_like(direction))
+
+
+def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
+    total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
+    for rows in _spans(base.spec.shape[0], base.spec.shape[1], None):
+        direction = _source_rows(base, rows).double()
+        if module.delta is not None:
+            up, down = _whole(module.delta.up)[rows], _whole(module.delta.down)
+            direction = direction + module.scaling * (up @ down)
+        total += direction.square().sum(dim=0)
+    return total.sqrt()
+
+
+def _compare(got: Tensor, exact: Tensor, base: Tensor, tolerance: float, tally: _Tally) -> int:
+    """Number of elements off by more than `tolerance` units in the last place."""
+    rounded = exact.to(got.dtype)
+    info = torch.finfo(got.dtype)
+    # Float32 sums of a row are good to a few times 1e-7 of its largest element, no further.
+    slack = exact.abs().amax(dim=1, keepdim=True) * 2e-7 if info.bits == 16 else 1e-14
+    limit = tolerance * info.eps * exact.abs() + info.tiny + slack
+    value = got.double()
+    tally.elements += got.numel()
+    tally.off += int((got != rounded).sum())
+    tally.noise += float((value - exact).square().sum())
+    tally.effect += float((exact - base).square().sum())
+    tally.kept += float(((value - base) * (exact - base)).sum())
+    return int((~((value - exact).abs() <= limit)).sum())
+
+

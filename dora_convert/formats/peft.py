@@ -1,0 +1,348 @@
+"""Hugging Face PEFT: `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+
+Source: peft 0.9 to 0.21, `tuners/lora/` and `utils/save_and_load.py`. A key is
+`base_model.model.<module path>.<part>`; raw state dict dumps insert the adapter's name before
+`.weight`, and wrappers such as torch.compile insert theirs into the path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
+from dora_convert.core.assembly import convolution, linear, magnitude
+from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.fields import Fields
+from dora_convert.core.patterns import first_matches
+from dora_convert.core.protocols import AdapterFormat
+from dora_convert.core.tensors import TensorRef
+from dora_convert.errors import InputError
+
+__all__ = ["FORMAT", "PeftFormat"]
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+# The end of a key -> what the tensor is. The adapter's name, where present, is dropped.
+_NAME = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
+_PARTS: Final = {
+    part: re.compile(rf"^(?P<path>.+)\.{pattern}$")
+    for part, pattern in {
+        "down": rf"lora_A{_NAME}\.weight",
+        "up": rf"lora_B{_NAME}\.weight",
+        "embedding_a": rf"lora_embedding_A{_NAME}",
+        "embedding_b": rf"lora_embedding_B{_NAME}",
+        "magnitude": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
+        "tokens": rf"token_adapter\.trainable_tokens_delta{_NAME}",
+        "weight": r"(?:token_adapter\.)?base_layer\.weight",
+        "bias": r"(?:token_adapter\.)?base_layer\.bias",
+    }.items()
+}
+_SAVED = re.compile(r"^(?P<path>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<name>[^.]+)$")
+_ORIGINAL = re.compile(r"\.original_module\.[^.]+$")
+# Layers whose weights PEFT adds of itself when the vocabulary was resized (save_embedding_layers).
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
+
+# Initialisations that subtract from the base: the file alone does not say what W was.
+_MUTATING = {
+    "pissa": "keeps the principal part of the base in the adapter",
+    "olora": "keeps a QR part of the base in the adapter",
+    "corda": "keeps a part of the base, chosen from data, in the adapter",
+    "lora_ga": "keeps a part of the base, chosen from gradients, in the adapter",
+    "loftq": "replaces the base by a quantised one",
+}
+
+
+@dataclass(slots=True)
+class _Parts:
+    """The tensors of a file by module path and part, and those that belong to no module."""
+
+    modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    saved: dict[str, TensorRef] = field(default_factory=dict)
+    plain: dict[str, TensorRef] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+
+class PeftFormat:
+    """The format that most trainers write, and that all others are compared with."""
+
+    title = "Hugging Face PEFT"
+
+    def detect(self, bundle: Bundle) -> bool:
+        """Whether LoRA tensors lie beside a config that is not of NVIDIA's fork."""
+        if bundle.documents.get(CONFIG, {}).get("peft_type") == "DORA":
+            return False
+        return CONFIG in bundle.documents and any(
+            ".lora_A." in name or ".lora_embedding_A" in name for name in bundle.tensors
+        )
+
+    def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
+        """See `AdapterFormat.read`."""
+        config = bundle.documents[CONFIG]
+        problems: list[str] = []
+        notes: list[str] = []
+        fields = Fields(config, CONFIG, problems)
+        _check_config(config, fields)
+        parts = _sort(bundle, problems)
+        modules = _modules(parts, fields, axis, problems)
+        _check_magnitudes(modules, fields, problems, notes)
+        replaced = _replaced(parts, fields, problems)
+        token_rows = _token_rows(parts, config, problems)
+        adapter = Adapter(
+            format="peft",
+            modules=modules,
+            replaced=replaced,
+            token_rows=token_rows,
+            base_model=fields.text("base_model_name_or_path") or None,
+            task=fields.text("task_type"),
+            keeps_ties=fields.flag("ensure_weight_tying"),
+            notes=tuple(notes),
+        )
+        if problems:
+            raise InputError(
+                "the adapter cannot be used as it is",
+                where=str(bundle.root),
+                problems=problems,
+                hint="Tensors that may be left out are named with --ignore GLOB."
+                if any("not understood" in p for p in problems)
+                else "",
+            )
+        return adapter
+
+
+def _check_config(config: Json, fields: Fields) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        fields.reject("peft_type", f"is {kind!r:.40}: only LORA adapters can carry DoRA")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str):
+        for name, what in _MUTATING.items():
+            if init.lower().startswith(name):
+                fields.reject(
+                    "init_lora_weights",
+                    f"is {init!r:.40}, which {what}: merging onto the original base would be "
+                    "wrong, and the file does not hold what would set it right",
+                )
+    if fields.has("layer_replication"):
+        fields.reject("layer_replication", "repeats layers of the base, which is not supported")
+    if fields.flag("lora_bias"):
+        fields.reject("lora_bias", "trains a bias of the update, which DoRA does not define")
+
+
+def _sort(bundle: Bundle, problems: list[str]) -> _Parts:
+    parts = _Parts()
+    for name, ref in bundle.tensors.items():
+        _place(parts, _clean(name), ref, problems)
+    if len(parts.names) > 1:
+        problems.append(
+            f"the file holds several adapters ({', '.join(sorted(parts.names))}); "
+            "save the one that you want by itself"
+        )
+    return parts
+
+
+def _clean(name: str) -> str:
+    return _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".").removeprefix(_PREFIX)
+
+
+def _place(parts: _Parts, name: str, ref: TensorRef, problems: list[str]) -> None:
+    for part, pattern in _PARTS.items():
+        found = pattern.match(name)
+        if found is None:
+            continue
+        adapter = found.groupdict().get("adapter")
+        if adapter is not None:
+            parts.names.add(adapter)
+        module = parts.modules.setdefault(found["path"], {})
+        if part in module:
+            other = module[part].stored.name
+            problems.append(f"{other} and {ref.stored.name} are the same part of one module")
+        module[part] = ref
+        return
+    saved = _SAVED.match(name)
+    if saved is not None:
+        parts.saved[f"{saved['path']}.{saved['name']}"] = ref
+    elif not _ORIGINAL.search(name):
+        parts.plain[name] = ref
+
+
+def _modules(
+    parts: _Parts, fields: Fields, axis: MagnitudeAxis | None, problems: list[str]
+) -> dict[str, DoraModule]:
+    adapted = {
+        path: tensors
+        for path, tensors in parts.modules.items()
+        if tensors.keys() & {"down", "up", "embedding_a", "embedding_b", "magnitude"}
+    }
+    scalings = _scalings(adapted, fields, problems)
+    modules: dict[str, DoraModule] = {}
+    for path, tensors in sorted(adapted.items()):
+        module = _module(path, tensors, scalings.get(path, 1.0), axis, problems)
+        if module is not None:
+            modules[path] = module
+    if not adapted:
+        problems.append("the file holds no LoRA or DoRA module")
+    return modules
+
+
+def _module(
+    path: str,
+    tensors: Mapping[str, TensorRef],
+    scaling: float,
+    axis: MagnitudeAxis | None,
+    problems: list[str],
+) -> DoraModule | None:
+    embedding = "embedding_a" in tensors or "embedding_b" in tensors
+    first, second = ("embedding_a", "embedding_b") if embedding else ("down", "up")
+    missing = [part for part in (first, second) if part not in tensors]
+    if missing:
+        labels = {"down": "lora_A", "up": "lora_B", "embedding_a": "lora_embedding_A"}
+        found = ", ".join(ref.stored.name for ref in tensors.values())
+        for part in missing:
+            label = labels.get(part, "lora_embedding_B")
+            problems.append(f"{path}: {label} is missing (there is {found})")
+        return None
+    a, b = tensors[first], tensors[second]
+    if embedding:
+        # A [rank, vocab], B [dim, rank]; the update of the stored [vocab, dim] is (B @ A).T.
+        matrices = len(a.spec.shape) == 2 and len(b.spec.shape) == 2
+        delta = linear(path, b.transposed(), a.transposed(), problems) if matrices else None
+        if not matrices:
+            problems.append(f"{path}: expected two matrices for an embedding")
+    else:
+        delta = (convolution if len(a.spec.shape) > 2 else linear)(path, a, b, problems)
+    if delta is None:
+        return None
+    vector = tensors.get("magnitude")
+    found_axis = MagnitudeAxis.IN if embedding else MagnitudeAxis.OUT
+    if vector is not None:
+        # A vector has no direction of its own: PEFT's are always per output of the layer.
+        given = axis if axis is not None and not embedding else None
+        by_format = found_axis if _follows_peft(vector, delta.shape, found_axis) else None
+        resolved = magnitude(path, vector, delta.shape, problems, axis=given or by_format)
+        if resolved is None:
+            return None
+        vector, found_axis = resolved
+    return DoraModule(path, delta, vector, found_axis, scaling, tensors.get("weight"))
+
+
+def _follows_peft(vector: TensorRef, shape: tuple[int, int], axis: MagnitudeAxis) -> bool:
+    """Whether the magnitude has a shape that PEFT itself writes: `[n]`, or `[1, out, 1...]`."""
+    length = shape[0] if axis is MagnitudeAxis.OUT else shape[1]
+    stored = vector.spec.shape
+    return stored in ((length,), (length, 1)) or (len(stored) > 2 and stored[1] == length)
+
+
+def _scalings(
+    adapted: Mapping[str, Mapping[str, TensorRef]], fields: Fields, problems: list[str]
+) -> dict[str, float]:
+    """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA, by PEFT's own pattern rules."""
+    rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 8.0)
+    ranks, alphas = fields.counts("rank_pattern"), fields.numbers("alpha_pattern")
+    rslora = fields.flag("use_rslora")
+    paths = sorted(adapted)
+    rank_of = first_matches(ranks, paths, where=f"{CONFIG}, rank_pattern")
+    alpha_of = first_matches(alphas, paths, where=f"{CONFIG}, alpha_pattern")
+    scalings = {}
+    for path in paths:
+        expected = ranks[rank_of[path]] if path in rank_of else rank
+        stored = adapted[path].get("down") or adapted[path].get("embedding_a")
+        shape = stored.spec.shape if stored is not None else ()
+        if shape and shape[0] != expected and 0 not in shape:
+            key = f"rank_pattern[{rank_of[path]!r}]" if path in rank_of else "r"
+            problems.append(
+                f"{path}: {CONFIG} says rank {expected} ({key}), the tensors have rank {shape[0]}"
+            )
+        size = alphas[alpha_of[path]] if path in alpha_of else alpha
+        scalings[path] = size / (math.sqrt(expected) if rslora else expected)
+    return scalings
+
+
+def _check_magnitudes(
+    modules: Mapping[str, DoraModule], fields: Fields, problems: list[str], notes: list[str]
+) -> None:
+    """Tensors against `use_dora`: PEFT itself ignores both kinds of contradiction in silence."""
+    without = [path for path, module in modules.items() if module.magnitude is None]
+    declared = fields.flag("use_dora")
+    if without and len(without) == len(modules):
+        if declared:
+            problems.append(
+                f"{CONFIG} says use_dora, but none of the {len(modules)} modules has a magnitude: "
+                "the exporter dropped them, and what they were cannot be recovered from this file"
+            )
+        else:
+            notes.append("plain LoRA: the adapter holds no magnitude")
+    elif without:
+        problems.extend(f"{path}: lora_magnitude_vector is missing" for path in without)
+    elif modules and not declared:
+        notes.append(f"{CONFIG} does not say use_dora, but the magnitudes are there: taken as DoRA")
+
+
+def _replaced(parts: _Parts, fields: Fields, problems: list[str]) -> dict[str, TensorRef]:
+    """Tensors that were trained whole: modules_to_save, biases, resized embeddings."""
+    replaced = dict(parts.saved)
+    to_save = fields.strings("modules_to_save")
+    biases = fields.text("bias") not in (None, "none")
+    for path, tensors in parts.modules.items():
+        if "bias" in tensors and biases:
+            replaced[f"{path}.bias"] = tensors["bias"]
+        # A copy of a weight that is not adapted says nothing that the base does not say.
+    for name, ref in parts.plain.items():
+        path, _, leaf = name.rpartition(".")
+        if (
+            _is_saved(path, to_save)
+            or (biases and leaf == "bias")
+            or (leaf == "weight" and path.rpartition(".")[2] in _EMBEDDINGS)
+        ):
+            replaced[name] = ref
+        else:
+            problems.append(f"{ref.stored.name} {list(ref.stored.shape)} is not understood")
+    for name, ref in replaced.items():
+        if 0 in ref.spec.shape or not ref.stored.dtype.is_weight:
+            problems.append(f"{name}: {list(ref.spec.shape)} {ref.stored.dtype.label} is no weight")
+    return replaced
+
+
+def _is_saved(path: str, to_save: tuple[str, ...]) -> bool:
+    """PEFT's rule: some enclosing module's path ends with the key, at any character."""
+    pieces = path.split(".")
+    prefixes = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
+    return any(prefix.endswith(key) for key in to_save for prefix in prefixes)
+
+
+def _token_rows(parts: _Parts, config: Json, problems: list[str]) -> dict[str, TokenRows]:
+    """`trainable_tokens_delta`: despite its name these are the rows themselves, in config order."""
+    rows: dict[str, TokenRows] = {}
+    for path, tensors in parts.modules.items():
+        ref = tensors.get("tokens")
+        if ref is None:
+            continue
+        indices = _token_indices(path, config.get("trainable_token_indices"))
+        if indices is None or len(ref.spec.shape) != 2 or len(indices) != ref.spec.shape[0]:
+            problems.append(
+                f"{path}: {list(ref.spec.shape)} trained token rows do not go with "
+                f"trainable_token_indices in {CONFIG}"
+            )
+        elif len(set(indices)) != len(indices):
+            problems.append(f"{path}: trainable_token_indices names a token twice")
+        else:
+            rows[path] = TokenRows(indices, ref)
+    return rows
+
+
+def _token_indices(path: str, value: object) -> tuple[int, ...] | None:
+    if isinstance(value, dict):
+        value = next((v for k, v in value.items() if path == k or path.endswith(f".{k}")), None)
+    if not isinstance(value, list):
+        return None
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        return None
+    return tuple(value)
+
+
+FORMAT: Final[AdapterFormat] = PeftFormat()

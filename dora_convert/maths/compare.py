@@ -1,0 +1,76 @@
+"""How far an adapter moved a weight, and how much of that a storage type keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["ModuleSums", "block_sums"]
+
+
+@dataclass(slots=True)
+class ModuleSums:
+    """Sums over rows, from which a module's figures follow; blocks add up.
+
+    With W the base, V the direction, W' the merged weight, T = W' - W the effective update and Q
+    rounding to the storage type; per row `n = ||V||`, `w = ||W||`.
+    """
+
+    rows: int = 0
+    base: float = 0.0  # sum of W^2
+    update: float = 0.0  # sum of (V - W)^2, the low-rank update
+    effect: float = 0.0  # sum of T^2
+    noise: float = 0.0  # sum of (Q(W') - W')^2
+    kept: float = 0.0  # sum of (Q(W') - Q(W)) * T
+    magnitude_shift: float = 0.0  # sum over rows of |m - w|
+    magnitude_base: float = 0.0  # sum over rows of w
+    direction_shift: float = 0.0  # sum over rows of 1 - cos(V, W)
+    ratio: float = 0.0  # sum over rows of log(m / w)
+    ratio_square: float = 0.0
+
+    def add(self, other: ModuleSums) -> None:
+        """Accumulate another block."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
+
+def block_sums(
+    base: Tensor, direction: Tensor, magnitude: Tensor | None, dtype: torch.dtype
+) -> ModuleSums:
+    """One block of vectors `[n, length]`, each with its magnitude `[n]`, in float32 or float64.
+
+    The vectors are rows for axis OUT; for axis IN the caller passes columns. `dtype` is the
+    storage type whose rounding is measured. Vectors of norm 0 do not count.
+    """
+    w = torch.linalg.vector_norm(base, dim=1)
+    n = torch.linalg.vector_norm(direction, dim=1)
+    used = (w > 0) & (n > 0)
+    m = n if magnitude is None else magnitude
+    merged = direction * torch.where(used, m / n, torch.zeros_like(n)).unsqueeze(1)
+    effect = merged - base
+    rounded = merged.to(dtype).to(merged.dtype)
+    cosine = (base * direction).sum(dim=1) / (w * n)
+    log_ratio = torch.log(m.abs() / w)[used]
+    return ModuleSums(
+        rows=int(used.sum()),
+        base=_square(base),
+        update=_square(direction - base),
+        effect=_square(effect),
+        noise=_square(rounded - merged),
+        kept=float(((rounded - base) * effect).sum(dtype=torch.float64)),
+        magnitude_shift=_total((m - w)[used].abs()),
+        magnitude_base=_total(w[used]),
+        direction_shift=_total((1 - cosine)[used].clamp_min(0)),
+        ratio=_total(log_ratio),
+        ratio_square=_total(log_ratio.square()),
+    )
+
+
+def _square(x: Tensor) -> float:
+    return float(x.square().sum(dtype=torch.float64))
+
+
+def _total(x: Tensor) -> float:
+    return float(x.sum(dtype=torch.float64))

@@ -1,0 +1,90 @@
+"""The algebra of arXiv 2402.09353, equation 5: `W' = m * V / ||V||`, `V = W + scaling * up @ down`.
+
+All functions work on a block of rows of the stored `[out, in]` weight, in the block's own element
+type, in place, so that a caller can reuse one buffer for a whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowFaults", "add_update", "column_factors", "overflows", "scale_rows", "square_sums"]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFaults:
+    """Results that are undefined, counted.
+
+    `zero`: rows (columns for axis IN) of norm 0 with a magnitude that is not 0. `nonfinite`: rows
+    whose norm is NaN or infinite. `overflow`: elements too large for the output's type.
+    """
+
+    zero: int = 0
+    nonfinite: int = 0
+    overflow: int = 0
+
+    def __add__(self, other: RowFaults) -> RowFaults:
+        return RowFaults(
+            self.zero + other.zero,
+            self.nonfinite + other.nonfinite,
+            self.overflow + other.overflow,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.zero or self.nonfinite or self.overflow)
+
+
+NONE = RowFaults()
+
+
+def add_update(rows: Tensor, up: Tensor, down: Tensor) -> None:
+    """`rows [n, in] += up [n, rank] @ down [rank, in]`; the scaling is in `up` already."""
+    rows.addmm_(up, down)
+
+
+def scale_rows(direction: Tensor, magnitude: Tensor) -> RowFaults:
+    """Axis OUT: `direction [n, in]` becomes `magnitude [n] * direction / ||direction||`.
+
+    A row of norm 0 becomes 0; where its magnitude is not 0 it is counted as a fault.
+    """
+    norm = torch.linalg.vector_norm(direction, dim=1)
+    factor, faults = _factors(magnitude, norm)
+    direction.mul_(factor.unsqueeze(1))
+    return faults
+
+
+def overflows(exact: Tensor, narrow: Tensor) -> RowFaults:
+    """Finite elements that became infinite when they were narrowed to float16."""
+    if narrow.dtype is not torch.float16 or bool(torch.isfinite(narrow).all()):
+        return NONE
+    return RowFaults(overflow=int((torch.isfinite(exact) & ~torch.isfinite(narrow)).sum()))
+
+
+def square_sums(direction: Tensor) -> Tensor:
+    """Axis IN, first pass: the block's part of every column's squared norm, float64 `[in]`.
+
+    `direction` is destroyed.
+    """
+    return direction.square_().sum(dim=0).double()
+
+
+def column_factors(magnitude: Tensor, squares: Tensor) -> tuple[Tensor, RowFaults]:
+    """Axis IN, second pass: what each column is multiplied by, `magnitude / sqrt(squares)`."""
+    return _factors(magnitude.double(), squares.sqrt())
+
+
+def _factors(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, RowFaults]:
+    factor = magnitude / norm
+    low, high = torch.aminmax(norm)
+    # A NaN makes both comparisons false.
+    if low > 0 and high < torch.inf:
+        return factor, NONE
+    zero = norm == 0
+    factor = torch.where(zero, torch.zeros_like(factor), factor)
+    return factor, RowFaults(
+        zero=int((zero & (magnitude != 0)).sum()),
+        nonfinite=int((~torch.isfinite(norm)).sum()),
+    )

@@ -1,0 +1,115 @@
+"""The files beside the weights: carried over, or repaired where the merge made them untrue."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_convert.core.adapter import Adapter
+from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.core.plan import CarriedFile, Document, Shard, WrittenFile
+from dora_convert.core.tensors import DType, TensorSpec
+from dora_convert.planning.families import head_of, input_embedding, text_configs
+from dora_convert.planning.pack import INDEX, index_text
+from dora_convert.planning.ties import Ties
+
+__all__ = ["documents", "repaired_config"]
+
+_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32"}
+_TASK_SUFFIX = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+_STEM = re.compile(r"^(.+?)(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
+
+
+def documents(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    shards: Sequence[Shard],
+    ties: Ties,
+    *,
+    dtype: DType | None = None,
+    overrides: Mapping[str, Path] | None = None,
+) -> tuple[Document, ...]:
+    """Every file of the output that is not a shard, sorted by name.
+
+    `overrides` are the adapter's own tokenizer and processor files, where they differ.
+    """
+    found: dict[str, Document] = {
+        name: CarriedFile(name, checkpoint.root / name) for name in checkpoint.files
+    }
+    found |= {name: CarriedFile(name, path) for name, path in (overrides or {}).items()}
+    specs = [spec for shard in shards for spec in shard.specs]
+    config = repaired_config(adapter, checkpoint, specs, ties, dtype=dtype)
+    if config != checkpoint.config:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        found["config.json"] = WrittenFile("config.json", text)
+    if len(shards) > 1:
+        found[INDEX] = WrittenFile(INDEX, index_text(shards))
+    return tuple(found[name] for name in sorted(found))
+
+
+def repaired_config(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    specs: Iterable[TensorSpec],
+    ties: Ties,
+    *,
+    dtype: DType | None = None,
+) -> Json:
+    """The base's config with what the merge changed: tie flag, vocabulary, dtype, head."""
+    config: dict[str, Any] = copy.deepcopy(dict(checkpoint.config))
+    if not config:
+        return config
+    parts = [config, *(config[key] for key in text_configs(config))]
+    if ties.broken:
+        config["tie_word_embeddings"] = False
+        for part in parts:
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    specs = list(specs)
+    _set_vocabulary(parts, checkpoint, specs)
+    if dtype is not None:
+        for part in parts:
+            for key in ("torch_dtype", "dtype"):
+                if key in part:
+                    part[key] = _TORCH_NAMES[dtype]
+    if adapter.task in _TASK_SUFFIX:
+        _set_task(config, adapter, checkpoint, specs)
+    return config
+
+
+def _set_vocabulary(
+    parts: Sequence[dict[str, Any]], checkpoint: Checkpoint, specs: Iterable[TensorSpec]
+) -> None:
+    for spec in specs:
+        path = spec.name.removesuffix(".weight")
+        old = checkpoint.tensors.get(spec.name)
+        if (input_embedding(path) or head_of(path)) and old is not None:
+            was, now = old.spec.shape[0], spec.shape[0]
+            for part in parts:
+                if now != was and "vocab_size" in part:
+                    part["vocab_size"] = now
+
+
+def _set_task(
+    config: dict[str, Any], adapter: Adapter, checkpoint: Checkpoint, specs: Sequence[TensorSpec]
+) -> None:
+    """The class with the head that the adapter trained, and its labels."""
+    suffix = _TASK_SUFFIX[adapter.task or ""]
+    names = config.get("architectures") or []
+    stem = _STEM.match(names[0]) if names and isinstance(names[0], str) else None
+    if stem is not None:
+        config["architectures"] = [stem[1] + suffix]
+    heads = [s for s in specs if s.name in adapter.replaced and s.name not in checkpoint.tensors]
+    counts = {s.shape[0] for s in heads if re.search(r"(score|classifier|out_proj)\.weight$", s.name)}
+    if len(counts) == 1 and adapter.task != "QUESTION_ANS":
+        labels = range(counts.pop())
+        config["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
+        config["label2id"] = {f"LABEL_{i}": i for i in labels}

@@ -1,0 +1,261 @@
+"""Every tensor of the adapter to its place in the checkpoint, all faults collected."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
+from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.tensors import TensorRef
+from dora_convert.planning.families import head_of, input_embedding, transposed_leaves
+from dora_convert.planning.names import Rows, Unsupported
+from dora_convert.planning.resolve import Resolver, resolver
+
+__all__ = ["Matching", "Target", "match"]
+
+# Tasks for which PEFT puts a new head on the model, which no base checkpoint holds.
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One module and its weight: `rows` of stored tensors, one after the other.
+
+    `module` is oriented as the weight is stored. `creates` names a tensor that is not in the
+    checkpoint: a head that was tied, whose values are in `rows` all the same.
+    """
+
+    module: DoraModule
+    rows: tuple[Rows, ...]
+    creates: str | None = None
+
+
+@dataclass(slots=True)
+class Matching:
+    """Where the adapter's parts go. `replaced` and `patches` are keyed by tensor name."""
+
+    targets: list[Target] = field(default_factory=list)
+    replaced: dict[str, TensorRef] = field(default_factory=dict)
+    patches: dict[str, TokenRows] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def match(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str] = ()) -> Matching:
+    """Resolve names, orient modules and compare shapes; never raises for what does not fit.
+
+    `transposed` are globs of module paths that the user says are stored `[in, out]`.
+    """
+    matching = Matching(notes=list(adapter.notes))
+    names = resolver(checkpoint, adapter.modules)
+    if names.added or names.stripped:
+        verb = f"prefix {names.added!r} added" if names.added else f"{names.stripped!r} stripped"
+        matching.notes.append(f"module paths matched to the checkpoint's names with {verb}")
+    leaves = transposed_leaves(checkpoint.config)
+    for path, module in adapter.modules.items():
+        flip = path.rpartition(".")[2] in leaves or _named(path, transposed)
+        target = _target(module, checkpoint, names, matching.problems, flip=flip)
+        if target is not None:
+            matching.targets.append(target)
+    _match_replaced(adapter, checkpoint, names, matching)
+    _match_rows(adapter, checkpoint, names, matching)
+    _check_overlaps(matching)
+    return matching
+
+
+def _named(path: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+
+
+def _target(
+    module: DoraModule,
+    checkpoint: Checkpoint,
+    names: Resolver,
+    problems: list[str],
+    *,
+    flip: bool,
+) -> Target | None:
+    path, creates = module.path, None
+    origin = names.find(f"{path}.weight")
+    if origin is None and head_of(path):
+        tied = [n for n in checkpoint.tensors if input_embedding(n.removesuffix(".weight"))]
+        if len(tied) == 1:
+            origin = (Rows(tied[0], 0, checkpoint.tensors[tied[0]].spec.shape[0]),)
+            creates = f"{path}.weight"
+    if origin is None:
+        near = names.near(f"{path}.weight")
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        problems.append(f"{path}: the base has no tensor {path}.weight{hint}")
+        return None
+    if isinstance(origin, Unsupported):
+        problems.append(f"{path}: {origin.reason}")
+        return None
+    oriented = module.transposed() if flip else module
+    before = len(problems)
+    _check_shape(oriented, origin, checkpoint.tensors, problems, flip=flip)
+    _check_storage(oriented, origin, checkpoint.tensors, problems)
+    return Target(oriented, origin, creates) if len(problems) == before else None
+
+
+def _check_shape(
+    module: DoraModule,
+    rows: tuple[Rows, ...],
+    tensors: Mapping[str, TensorRef],
+    problems: list[str],
+    *,
+    flip: bool,
+) -> None:
+    stored = _matrix_shape(rows, tensors)
+    if stored is None:
+        names = ", ".join(r.tensor for r in rows)
+        problems.append(f"{module.path}: {names} have no common row length, or no rows")
+        return
+    if module.weight is not None:
+        copy = module.weight.spec.shape
+        stored = (copy[0], module.weight.spec.numel // max(copy[0], 1)) if copy else stored
+    if module.delta is None:
+        length = stored[0 if module.axis is MagnitudeAxis.OUT else 1]
+        size = module.magnitude.spec.numel if module.magnitude is not None else length
+        if size != length:
+            problems.append(f"{module.path}: magnitude [{size}], base {list(stored)}")
+        return
+    kernel, conv = _kernel(module, rows, tensors)
+    if module.delta.shape == stored and kernel == conv:
+        return
+    shown = module.delta.shape[::-1] if flip else module.delta.shape
+    text = f"{module.path}: adapter {[*shown, *kernel]}, base {_base_shape(rows, tensors)}"
+    if flip:
+        text += " stored [in, out]"
+    elif module.delta.shape[::-1] == stored:
+        text += "; if this weight is stored [in, out], say so with --transposed GLOB"
+    problems.append(text)
+
+
+def _kernel(
+    module: DoraModule, rows: tuple[Rows, ...], tensors: Mapping[str, TensorRef]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The convolution kernels of adapter and base; the flattened sizes alone can agree by chance.
+
+    The adapter's is all of its stored `[rank, in, k...]` but the rank.
+    """
+    assert module.delta is not None
+    down = module.delta.down.stored.shape
+    base = tensors[rows[0].tensor].spec.shape
+    return (down[2:], base[2:]) if len(down) > 2 or len(base) > 2 else ((), ())
+
+
+def _base_shape(rows: tuple[Rows, ...], tensors: Mapping[str, TensorRef]) -> list[int]:
+    first = tensors[rows[0].tensor].spec.shape
+    return [sum(r.stop - r.start for r in rows), *first[1:]]
+
+
+def _matrix_shape(
+    rows: tuple[Rows, ...], tensors: Mapping[str, TensorRef]
+) -> tuple[int, int] | None:
+    widths = set()
+    for part in rows:
+        shape = tensors[part.tensor].spec.shape
+        if len(shape) < 2 or 0 in shape:
+            return None
+        widths.add(tensors[part.tensor].spec.numel // shape[0])
+    return (sum(r.stop - r.start for r in rows), widths.pop()) if len(widths) == 1 else None
+
+
+def _check_storage(
+    module: DoraModule,
+    rows: tuple[Rows, ...],
+    tensors: Mapping[str, TensorRef],
+    problems: list[str],
+) -> None:
+    for part in rows:
+        ref = tensors[part.tensor]
+        if not ref.spec.dtype.is_weight:
+            problems.append(
+                f"{module.path}: {part.tensor} is stored as {ref.spec.dtype.label}: "
+                "a quantised base cannot be merged into, take the 16-bit original"
+            )
+    whole = len(rows) == 1 and rows[0].stop - rows[0].start == _rows_of(tensors[rows[0].tensor])
+    if module.axis is MagnitudeAxis.IN and not whole:
+        problems.append(
+            f"{module.path}: a magnitude per input needs the whole weight, but the checkpoint "
+            f"stores it cut or fused ({', '.join(r.tensor for r in rows)})"
+        )
+    if module.weight is not None and not whole:
+        problems.append(f"{module.path}: the adapter's own base weight goes with a fused tensor")
+
+
+def _rows_of(ref: TensorRef) -> int:
+    return ref.spec.shape[0] if ref.spec.shape else 1
+
+
+def _match_replaced(
+    adapter: Adapter, checkpoint: Checkpoint, names: Resolver, matching: Matching
+) -> None:
+    for name, ref in adapter.replaced.items():
+        origin = names.find(name)
+        path = name.rpartition(".")[0]
+        if origin is None:
+            if adapter.task in HEAD_TASKS or head_of(path):
+                matching.replaced[name] = ref.renamed(name)
+            else:
+                near = names.near(name)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                matching.problems.append(f"{name}: the base has no such tensor{hint}")
+            continue
+        if isinstance(origin, Unsupported) or len(origin) != 1:
+            matching.problems.append(f"{name}: the checkpoint stores it cut or fused")
+            continue
+        stored = checkpoint.tensors[origin[0].tensor]
+        shape = ref.spec.shape
+        resized = (input_embedding(path) or head_of(path)) and shape[1:] == stored.spec.shape[1:]
+        # A head of another task has the base's name and another number of labels.
+        other_head = adapter.task in HEAD_TASKS and shape[1:] == stored.spec.shape[1:]
+        if shape == stored.spec.shape or resized or other_head:
+            matching.replaced[stored.spec.name] = ref.renamed(stored.spec.name)
+        else:
+            matching.problems.append(
+                f"{name}: adapter {list(shape)}, base {list(stored.spec.shape)}"
+            )
+
+
+def _match_rows(
+    adapter: Adapter, checkpoint: Checkpoint, names: Resolver, matching: Matching
+) -> None:
+    for path, patch in adapter.token_rows.items():
+        origin = names.find(f"{path}.weight")
+        if origin is None or isinstance(origin, Unsupported) or len(origin) != 1:
+            matching.problems.append(f"{path}: the base has no embedding {path}.weight")
+            continue
+        stored = checkpoint.tensors[origin[0].tensor].spec
+        if stored.shape[1:] != patch.rows.spec.shape[1:]:
+            matching.problems.append(
+                f"{path}: trained rows {list(patch.rows.spec.shape)}, base {list(stored.shape)}"
+            )
+        elif max(patch.indices) >= stored.shape[0]:
+            matching.problems.append(
+                f"{path}: token {max(patch.indices)} was trained, the base has {stored.shape[0]} "
+                "tokens: its vocabulary was resized"
+            )
+        else:
+            matching.patches[stored.name] = replace(patch, rows=patch.rows.renamed(stored.name))
+
+
+def _check_overlaps(matching: Matching) -> None:
+    """No stored row may be changed twice."""
+    taken: dict[str, list[tuple[int, int, str]]] = {}
+    for target in matching.targets:
+        if target.creates is None:
+            for part in target.rows:
+                taken.setdefault(part.tensor, []).append((part.start, part.stop, target.module.path))
+    for name, spans in taken.items():
+        spans.sort()
+        for (_, stop, one), (start, _, two) in zip(spans, spans[1:], strict=False):
+            if start < stop:
+                matching.problems.append(f"{one} and {two} are both stored in {name}")
+        for other in (matching.replaced, matching.patches):
+            if name in other:
+                matching.problems.append(f"{name} is both adapted ({spans[0][2]}) and replaced")
+    for name in matching.replaced.keys() & matching.patches.keys():
+        matching.problems.append(f"{name} is both replaced and patched")

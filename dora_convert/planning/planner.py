@@ -1,0 +1,69 @@
+"""Adapter and checkpoint to a plan and its problems, in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_convert.core.adapter import Adapter
+from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.plan import Plan
+from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.planning.checks import refuse_quantized
+from dora_convert.planning.documents import documents
+from dora_convert.planning.match import Matching, match
+from dora_convert.planning.merge import merge_jobs
+from dora_convert.planning.pack import own_shards, sized_shards
+from dora_convert.planning.ties import untie
+
+__all__ = ["Proposal", "plan_merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan for all that fits, and every reason why it may not run.
+
+    `weights` holds the stored weight of each module that is one whole tensor.
+    """
+
+    plan: Plan
+    problems: tuple[str, ...]
+    weights: Mapping[str, TensorRef]
+
+
+def plan_merge(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    *,
+    dtype: DType | None = None,
+    max_shard_size: int | None = None,
+    transposed: Sequence[str] = (),
+    overrides: Mapping[str, Path] | None = None,
+) -> Proposal:
+    """See DESIGN: every output's name, type, shape and shard, decided without reading data.
+
+    Raises MismatchError for a quantised base; all else that is wrong is in `problems`.
+    """
+    refuse_quantized(checkpoint)
+    matching = match(adapter, checkpoint, transposed=transposed)
+    ties = untie(adapter, checkpoint, matching)
+    outputs = merge_jobs(adapter, checkpoint, matching, ties, dtype=dtype)
+    if max_shard_size is None:
+        shards = own_shards(outputs, checkpoint.shards)
+    else:
+        shards = sized_shards(outputs, max_shard_size)
+    files = documents(adapter, checkpoint, shards, ties, dtype=dtype, overrides=overrides)
+    return Proposal(
+        plan=Plan(shards, files, tuple(matching.notes)),
+        problems=tuple(matching.problems),
+        weights=_weights(matching, checkpoint),
+    )
+
+
+def _weights(matching: Matching, checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    return {
+        target.module.path: checkpoint.tensors[target.rows[0].tensor]
+        for target in matching.targets
+        if len(target.rows) == 1
+    }

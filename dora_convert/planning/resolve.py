@@ -1,0 +1,75 @@
+"""Which stored rows a module's weight is: by name, by the table of renames, by a prefix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dora_convert.core.bundle import Checkpoint
+from dora_convert.planning.names import Origin, Rows, module_tensors
+
+__all__ = ["Resolver", "resolver"]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolver:
+    """Names of module tensors, and the rows of the checkpoint that each is made of.
+
+    `prefix` is what the adapter's paths have too little (added) or too much (stripped), the base
+    model prefix of transformers in nearly every case.
+    """
+
+    origins: Mapping[str, Origin]
+    added: str = ""
+    stripped: str = ""
+
+    def find(self, name: str) -> Origin | None:
+        """The rows behind a module tensor such as `model.layers.0.mlp.up_proj.weight`."""
+        exact = self.origins.get(name)
+        if exact is not None:
+            return exact
+        if self.stripped and name.startswith(self.stripped):
+            return self.origins.get(name.removeprefix(self.stripped))
+        return self.origins.get(self.added + name) if self.added else None
+
+    def near(self, name: str) -> list[str]:
+        """Stored names that look like a name that was not found."""
+        tail = ".".join(name.split(".")[-2:])
+        candidates = [n for n in self.origins if n.endswith(tail)][:200]
+        return difflib.get_close_matches(name, candidates or list(self.origins)[:2000], n=2)
+
+
+def resolver(checkpoint: Checkpoint, paths: Iterable[str]) -> Resolver:
+    """A resolver for this checkpoint, with the one prefix that lets the most paths be found."""
+    shapes = {name: ref.spec.shape for name, ref in checkpoint.tensors.items()}
+    origins: dict[str, Origin] = dict(module_tensors(checkpoint.config, shapes))
+    # A name on disk means what it says, also where the table knows it as another's.
+    for name, shape in shapes.items():
+        origins[name] = (Rows(name, 0, shape[0] if shape else 1),)
+    missing = [f"{path}.weight" for path in paths if f"{path}.weight" not in origins]
+    plain = Resolver(origins)
+    if not missing:
+        return plain
+    choices = [plain, *(Resolver(origins, added=p) for p in _added(missing, origins))]
+    choices += [Resolver(origins, stripped=p) for p in _stripped(missing)]
+    return max(choices, key=lambda r: sum(r.find(name) is not None for name in missing))
+
+
+def _stripped(missing: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in missing:
+        pieces = name.split(".")
+        for n in (1, 2):
+            if len(pieces) > n + 1:
+                found[".".join(pieces[:n]) + "."] = None
+    return list(found)[:20]
+
+
+def _added(missing: Sequence[str], origins: Mapping[str, Origin]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in missing[:20]:
+        for known in origins:
+            if known.endswith("." + name):
+                found[known.removesuffix(name)] = None
+    return list(found)[:20]

@@ -1,0 +1,151 @@
+"""A base model: its weight files, its config, and what is carried along beside them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+
+from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.errors import InputError
+from dora_convert.storage.documents import read_json
+from dora_convert.storage.folders import contents, leaves, list_files, require_inside, require_path
+from dora_convert.storage.oserrors import reading
+from dora_convert.storage.weights import (
+    PICKLES,
+    Weights,
+    is_shard,
+    missing_shards,
+    raise_faults,
+    read_indexed,
+    read_weights,
+    refuse_pickle,
+    some,
+)
+
+__all__ = ["open_checkpoint"]
+
+_MODEL = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_INDEX = ".safetensors.index.json"
+_WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+    | {".onnx_data", ".ot", ".mlmodel", ".tflite", ".npz", ".distcp"}
+)
+_NOT_CARRIED = frozenset({"README.md", "adapter_config.json"})
+_OTHER_RUNTIMES = frozenset({"onnx", "openvino", "original", "coreml"})
+
+
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Read the headers and the config of the base model at `path`, a folder or one file."""
+    require_path(path, "base model")
+    with reading(path):
+        folder = path.is_dir()
+        root = path if folder else path.parent
+        files = _choose(root, list_files(root)) if folder else [path.name]
+        carried = _carried(root) if folder else ()
+    weights = _read(root, files, allow_pickle=allow_pickle)
+    if folder:
+        weights.faults += missing_shards(files)
+    config = _config(root, weights)
+    raise_faults(root, weights.faults)
+    return Checkpoint(
+        root=root, tensors=weights.tensors, shards=weights.shards, config=config, files=carried
+    )
+
+
+def _read(root: Path, files: list[str], *, allow_pickle: bool) -> Weights:
+    first = files[0].removesuffix(".index.json")
+    if not first.endswith((".safetensors", *PICKLES)):
+        what = f"{first} is neither a safetensors file nor a torch pickle"
+        raise InputError(what, where=str(root / first))
+    if PurePath(first).suffix in PICKLES and not allow_pickle:
+        refuse_pickle(root / files[0])
+    if files[0] != first:
+        return read_indexed(root, files[0])
+    return read_weights(root, files)
+
+
+def _choose(root: Path, names: list[str]) -> list[str]:
+    """Pick the files that make up the model, or its index alone."""
+    candidates = [name for name in names if not name.startswith(("adapter", "."))]
+    chosen = _indexed(root, candidates) or _unindexed(candidates) or _pickles(candidates)
+    if chosen:
+        return chosen
+    found = some(contents(root)) or "nothing"
+    what = f"there is no base model in {root.name or root}: it holds {found}"
+    hint = "A base model is a folder with model.safetensors, or shards of it, and config.json."
+    if any(name.endswith(".gguf") for name in names):
+        hint = "GGUF files are quantized for llama.cpp; give the model that they were made from."
+    elif any(name.startswith("adapter") for name in names):
+        hint = "This is an adapter; give the model that it was trained on."
+    raise InputError(what, where=str(root), hint=hint)
+
+
+def _indexed(root: Path, names: list[str]) -> list[str]:
+    if _MODEL + ".index.json" in names:
+        return [_MODEL + ".index.json"]
+    indexes = [name for name in names if name.endswith(_INDEX)]
+    plain = [name for name in indexes if not name.startswith("consolidated")]
+    if _MODEL in names or (not plain and _model_files(names)):
+        return []
+    indexes = plain or indexes
+    if len(indexes) > 1:
+        what = f"{len(indexes)} indexes in {root.name or root} may be that of the base model"
+        raise InputError(what, where=str(root), problems=indexes)
+    return indexes
+
+
+def _model_files(names: list[str]) -> list[str]:
+    return [
+        name
+        for name in names
+        if name.endswith(".safetensors") and not name.startswith("consolidated")
+    ]
+
+
+def _unindexed(names: list[str]) -> list[str]:
+    if _MODEL in names:
+        return [_MODEL]
+    every = [name for name in names if name.endswith(".safetensors")]
+    plain = _model_files(names) or every
+    return [name for name in plain if is_shard(name)] or plain
+
+
+def _pickles(names: list[str]) -> list[str]:
+    for name in (_PICKLE + ".index.json", _PICKLE):
+        if name in names:
+            return [name]
+    return [name for name in names if name.startswith("pytorch_model-") and name.endswith(".bin")]
+
+
+def _config(root: Path, weights: Weights) -> Json:
+    file = root / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        require_inside(root, file)
+        return read_json(file)
+    except InputError as fault:
+        weights.faults.append(fault)
+        return {}
+
+
+def _carried(root: Path) -> tuple[str, ...]:
+    carried = []
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _is_passed_over(name)]
+        for name in names:
+            file = Path(place, name)
+            if _is_carried(name) and file.is_file() and not leaves(root, file):
+                carried.append(file.relative_to(root).as_posix())
+    return tuple(sorted(carried))
+
+
+def _is_passed_over(folder: str) -> bool:
+    return folder.startswith(".") or folder in _OTHER_RUNTIMES
+
+
+def _is_carried(name: str) -> bool:
+    if name.startswith(".") or name in _NOT_CARRIED:
+        return False
+    return PurePath(name.removesuffix(".index.json")).suffix not in _WEIGHT_SUFFIXES

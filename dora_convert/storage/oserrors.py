@@ -1,0 +1,75 @@
+"""The seam at which an OSError becomes an error of this package."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dora_convert.errors import InputError, OutputError
+
+__all__ = ["reading", "writing"]
+
+_COMMON = {
+    errno.EACCES: ("permission is denied", ""),
+    errno.EPERM: ("the operation is not permitted", ""),
+    errno.EIO: ("the disk reported an error", "Check the disk or the network share."),
+    errno.ENOENT: ("it does not exist", ""),
+    errno.ENOTDIR: ("a part of its path is not a folder", ""),
+    errno.ELOOP: ("its symbolic links go round in a circle", ""),
+    errno.ENAMETOOLONG: ("its name is too long for the file system", ""),
+    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n 4096"),
+    errno.ENFILE: ("too many files are open on this machine", ""),
+    errno.ESTALE: ("the network file system lost it", ""),
+}
+
+_READING = {
+    **_COMMON,
+    errno.EISDIR: ("it is a folder, not a file", ""),
+}
+
+_WRITING = {
+    **_COMMON,
+    errno.ENOSPC: ("no space is left on the disk", "Free some space, or choose another --output."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space, or choose another --output."),
+    errno.EROFS: ("the file system is read-only", "Choose another --output."),
+    errno.EFBIG: (
+        "it would be larger than the file system or the limit of this process allows",
+        "Pass a smaller --max-shard-size, or see ulimit -f.",
+    ),
+    errno.EEXIST: ("it exists already", ""),
+    errno.ENOTEMPTY: ("it exists already and is not empty", "Pass --overwrite to replace it."),
+    errno.EISDIR: ("it exists already as a folder", ""),
+    errno.EBUSY: ("it is in use, perhaps a mount point", "Choose a folder inside it."),
+    errno.EXDEV: ("it lies on two file systems", ""),
+}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError raised inside into an InputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason, hint = _explain(error, _READING)
+        what = f"{path.name or path} cannot be read: {reason}"
+        raise InputError(what, where=str(path), hint=hint) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError raised inside into an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason, hint = _explain(error, _WRITING)
+        what = f"{path.name or path} cannot be written: {reason}"
+        raise OutputError(what, where=str(path), hint=hint) from error
+
+
+def _explain(error: OSError, reasons: dict[int, tuple[str, str]]) -> tuple[str, str]:
+    if error.errno is None:
+        return str(error), ""
+    return reasons.get(error.errno, (os.strerror(error.errno).lower(), ""))

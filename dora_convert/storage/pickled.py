@@ -1,0 +1,96 @@
+"""Torch pickles, restricted to flat dictionaries of tensors; nothing in them is ever run."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_convert.core.tensors import Pickled, TensorRef, TensorSpec
+from dora_convert.errors import InputError
+from dora_convert.storage.dtypes import TORCH, from_torch
+from dora_convert.storage.opening import opened, quoted
+
+__all__ = ["open_pickle", "read_pickle_header"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_KNOWN = frozenset(TORCH.values())
+_CONVERT = "Save it as safetensors with the program that wrote it."
+
+
+def read_pickle_header(file: Path) -> dict[str, TensorRef]:
+    """Every tensor of a torch pickle, as `read_header` gives those of a safetensors file."""
+    refs = {}
+    for key, tensor in open_pickle(file).items():
+        spec = TensorSpec(key, from_torch(tensor.dtype), tuple(tensor.shape))
+        refs[key] = TensorRef(spec=spec, source=Pickled(file, key), stored=spec)
+    return refs
+
+
+def open_pickle(file: Path) -> dict[str, Tensor]:
+    """Load the tensors of a torch pickle, mapped from disk where the file allows it.
+
+    Loaded with `weights_only=True` and never otherwise.
+    """
+    with opened(file):
+        zipped = zipfile.is_zipfile(file)
+        if zipped:
+            _check_zip(file)
+        content = _load(file, zipped=zipped)
+    if not isinstance(content, dict):
+        what = f"{file.name} holds a {type(content).__name__}, not a dictionary of tensors"
+        raise InputError(what, where=str(file), hint=_CONVERT)
+    problems = [problem for item in content.items() if (problem := _fault(*item))]
+    if problems:
+        what = f"{file.name} is not a flat dictionary of plain tensors"
+        raise InputError(what, where=str(file), problems=problems, hint=_CONVERT)
+    return {key: tensor.detach() for key, tensor in content.items()}
+
+
+def _load(file: Path, *, zipped: bool) -> Any:
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=zipped)
+    except Exception as error:  # torch raises a dozen kinds for a bad file
+        wanted = re.search(r"(?:GLOBAL|REDUCE\S*|global) ([\w.]+)", str(error))
+        if wanted:
+            what = f"{file.name} holds more than tensors ({wanted[1]}), which is not run"
+            hint = _CONVERT
+        else:
+            what = f"{file.name} is damaged or not a torch pickle of tensors"
+            hint = "Download it again, or have it written again."
+        raise InputError(what, where=str(file), hint=hint) from error
+
+
+def _check_zip(file: Path) -> None:
+    """Refuse compressed archives: mapped storages are taken as they lie in the file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        what = f"{file.name} is damaged: its zip directory cannot be read"
+        raise InputError(what, where=str(file), hint="Download it again.") from error
+    if packed:
+        what = f"{file.name} is a compressed archive, which torch does not write"
+        raise InputError(what, where=str(file), hint=_CONVERT)
+
+
+def _fault(key: object, value: object) -> str:
+    """Say what keeps one entry from being a named plain tensor; empty if nothing does."""
+    if not isinstance(key, str) or not key or not key.isprintable():
+        return f"the key {quoted(str(key))} is not a printable name"
+    if type(value) not in _PLAIN or not isinstance(value, Tensor):
+        return f"{quoted(key)} is a {type(value).__name__}, not a tensor"
+    trouble = ""
+    if value.is_quantized:
+        trouble = "is a quantized tensor"
+    elif value.layout is not torch.strided or value.is_nested:
+        trouble = "is a sparse or nested tensor"
+    elif value.device.type != "cpu":
+        trouble = f"has no data (device {value.device.type})"
+    elif value.dtype not in _KNOWN:
+        trouble = f"has an element type that is not supported ({value.dtype})"
+    return f"{quoted(key)} {trouble}" if trouble else ""

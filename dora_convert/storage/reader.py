@@ -1,0 +1,119 @@
+"""Bytes of tensors into memory: whole small ones, or row blocks of large ones, always by pread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_convert.core.tensors import Pickled, Slice, Step, TensorRef, Transposed
+from dora_convert.errors import InputError
+from dora_convert.storage.dtypes import TORCH
+from dora_convert.storage.opening import opened
+from dora_convert.storage.pickled import open_pickle
+
+__all__ = ["Reader", "RowBlocks"]
+
+
+class RowBlocks:
+    """Row blocks of one stored matrix, read into a caller's buffer."""
+
+    def __init__(self, ref: TensorRef, fd: int | None, whole: Tensor | None) -> None:
+        self._ref = ref
+        self._fd = fd
+        self._whole = whole
+        rows = ref.spec.shape[0]
+        self._row_bytes = ref.spec.nbytes // rows if rows else 0
+
+    def read(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """Rows `start:stop` in their stored element type; `buffer` is uint8, and large enough."""
+        if self._whole is not None:
+            return self._whole[start:stop]
+        assert self._fd is not None
+        assert isinstance(self._ref.source, Slice)
+        nbytes = (stop - start) * self._row_bytes
+        target = buffer[:nbytes]
+        offset = self._ref.source.start + start * self._row_bytes
+        _pread_into(self._fd, self._ref.source.file, target, offset)
+        shape = (stop - start, *self._ref.spec.shape[1:])
+        return target.view(TORCH[self._ref.spec.dtype]).view(shape)
+
+
+class Reader:
+    """Opens each pickle once; everything else is opened where it is read. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def load(self, ref: TensorRef) -> Tensor:
+        """The whole tensor, its view applied, in its stored element type."""
+        return _turned(self._stored(ref), ref.view)
+
+    def load_rows(self, ref: TensorRef, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a matrix, reading those alone where its view allows."""
+        if start == 0 and stop == ref.spec.shape[0]:
+            return self.load(ref)
+        if isinstance(ref.source, Slice) and ref.is_contiguous:
+            with self.rows(ref) as blocks:
+                size = ref.spec.nbytes // ref.spec.shape[0] * (stop - start)
+                return blocks.read(start, stop, torch.empty(size, dtype=torch.uint8))
+        if isinstance(ref.source, Slice) and ref.view == (Transposed(),):
+            return self._columns(ref, ref.source, start, stop).T
+        return self.load(ref)[start:stop]
+
+    @contextmanager
+    def rows(self, ref: TensorRef) -> Iterator[RowBlocks]:
+        """Row blocks of a tensor whose rows lie one after the other."""
+        assert ref.is_contiguous, ref
+        if isinstance(ref.source, Slice):
+            with opened(ref.source.file) as (fd, _):
+                yield RowBlocks(ref, fd, None)
+        else:
+            yield RowBlocks(ref, None, self.load(ref))
+
+    def _stored(self, ref: TensorRef) -> Tensor:
+        if isinstance(ref.source, Pickled):
+            return self._pickle(ref.source.file)[ref.source.key]
+        data = torch.empty(ref.stored.nbytes, dtype=torch.uint8)
+        with opened(ref.source.file) as (fd, _):
+            _pread_into(fd, ref.source.file, data, ref.source.start)
+        return data.view(TORCH[ref.stored.dtype]).view(ref.stored.shape)
+
+    def _columns(self, ref: TensorRef, source: Slice, start: int, stop: int) -> Tensor:
+        """Columns `start:stop` of the stored matrix, one read for each stored row."""
+        rows, columns = ref.stored.shape
+        size = ref.stored.dtype.bits // 8
+        data = torch.empty((rows, (stop - start) * size), dtype=torch.uint8)
+        with opened(source.file) as (fd, _):
+            for i in range(rows):
+                offset = source.start + (i * columns + start) * size
+                _pread_into(fd, source.file, data[i], offset)
+        return data.view(TORCH[ref.stored.dtype])
+
+    def _pickle(self, file: Path) -> dict[str, Tensor]:
+        with self._lock:
+            if file not in self._pickles:
+                self._pickles[file] = open_pickle(file)
+            return self._pickles[file]
+
+
+def _turned(tensor: Tensor, view: tuple[Step, ...]) -> Tensor:
+    for step in view:
+        tensor = tensor.T if isinstance(step, Transposed) else tensor.reshape(step.shape)
+    return tensor
+
+
+def _pread_into(fd: int, file: Path, target: Tensor, offset: int) -> None:
+    data = memoryview(target.numpy())
+    done = 0
+    while done < len(data):
+        count = os.preadv(fd, [data[done:]], offset + done)
+        if count == 0:
+            raise InputError(f"{file.name} became shorter while it was read", where=str(file))
+        done += count
