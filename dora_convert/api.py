@@ -229,7 +229,8 @@ def _checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> li
     from dora_convert.storage.reader import Reader
 
     reader = Reader()
-    problems = [*proposal.problems, *nonfinite(adapter, reader)]
+    cores = _workers(None)
+    problems = [*proposal.problems, *nonfinite(adapter, reader, workers=cores)]
     where = (
         f"adapter   {name}   ({adapter.format}, {len(adapter.modules)} modules)",
         f"base      {base}",
@@ -240,7 +241,7 @@ def _checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> li
             "the adapter does not fit this base", where=where, problems=problems, hint=hint
         )
     notes = []
-    mark = fingerprint(proposal.plan, reader)
+    mark = fingerprint(proposal.plan, reader, workers=cores)
     if mark is not None and mark.is_doubtful:
         notes.append(
             "this may not be the base that was trained on: over "

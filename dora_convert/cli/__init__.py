@@ -14,7 +14,7 @@ __all__ = ["cli", "main"]
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
-    """Take a DoRA adapter from any trainer and make it run anywhere.
+    r"""Take a DoRA adapter from any trainer and make it run anywhere.
 
     \b
       dora-convert inspect ./adapter

@@ -57,7 +57,7 @@ def _run(command: click.Command) -> int:  # noqa: PLR0911 - one return for each 
         # The reader of a pipe left: nothing more to say to it, nor to complain of.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001 - the last resort
+    except Exception as error:
         _show_bug(error)
         return 1
     return 0

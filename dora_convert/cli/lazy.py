@@ -8,7 +8,7 @@ from dora_convert.registry import Registry
 
 __all__ = ["CommandGroup"]
 
-commands: Registry[click.Command] = Registry("dora_convert.cli.commands", "COMMAND")
+commands: Registry[click.Command] = Registry("dora_convert.cli.commands", "COMMAND", is_open=False)
 
 
 class CommandGroup(click.Group):

@@ -27,7 +27,7 @@ _DTYPES = {
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """Bytes: `5GB`, `500MB`, `2GiB`, or a plain number."""
 
     name = "size"

@@ -80,9 +80,9 @@ class TokenRows:
 class Adapter:
     """All that an adapter changes, each tensor of its files accounted for.
 
-    `modules` and `token_rows` are keyed by module path, `replaced` (tensors trained whole) by tensor
-    path. `task` is the head the trainer put on (PEFT's task_type). `keeps_ties`: replaced input and
-    output embeddings were trained as one tensor.
+    `modules` and `token_rows` are keyed by module path, `replaced` (tensors trained whole) by
+    tensor path. `task` is the head that the trainer put on (PEFT's task_type). `keeps_ties`:
+    replaced input and output embeddings were trained as one tensor.
     """
 
     format: str

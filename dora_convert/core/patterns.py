@@ -63,7 +63,7 @@ def _match_slow(keys: list[str], paths: Sequence[str], where: str) -> dict[str, 
     if not keys:
         return {}
     try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter on our own text
+        done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([[_anchored(key) for key in keys], list(paths)]),
             capture_output=True,

@@ -204,7 +204,9 @@ def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
     matrix = source.reshaped(rows, source.spec.numel // max(rows, 1))
     with out.reader.rows(matrix) as blocks:
         for start, stop in _spans(0, matrix.spec.shape[0], matrix):
-            raw = out.buffers.take("raw", matrix.spec.nbytes // matrix.spec.shape[0] * (stop - start))
+            raw = out.buffers.take(
+                "raw", matrix.spec.nbytes // matrix.spec.shape[0] * (stop - start)
+            )
             narrow = out.buffers.matrix("out", stop - start, matrix.spec.shape[1], dtype)
             stored = blocks.read(start, stop, raw)
             narrow.copy_(stored)

@@ -40,7 +40,9 @@ def module_sums(plan: Plan, *, workers: int) -> dict[str, ModuleSums]:
     def measure(item: tuple[TensorRef, Piece, torch.dtype]) -> None:
         base, piece, rounding = item
         by_row = piece.module.axis is MagnitudeAxis.OUT or piece.module.magnitude is None
-        results.append((piece.module.path, (_rows if by_row else _columns)(base, piece, rounding, reader)))
+        results.append(
+            (piece.module.path, (_rows if by_row else _columns)(base, piece, rounding, reader))
+        )
 
     in_threads(work, measure, workers)
     sums: dict[str, ModuleSums] = {}

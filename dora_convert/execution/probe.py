@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis
 from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.tensors import Reshaped, TensorRef
+from dora_convert.execution.threads import in_threads
 from dora_convert.storage.reader import Reader
 
 __all__ = ["Fingerprint", "copy_differences", "fingerprint", "nonfinite"]
@@ -24,14 +25,26 @@ _MODULES = 48
 _ROWS = 32
 
 
-def nonfinite(adapter: Adapter, reader: Reader) -> list[str]:
+def nonfinite(adapter: Adapter, reader: Reader, *, workers: int) -> list[str]:
     """A line for each adapter tensor that holds NaN or infinity."""
-    problems = []
-    for ref in _tensors(adapter):
-        count = sum(int((~torch.isfinite(block)).sum()) for block in _blocks(ref, reader))
-        if count:
-            problems.append(f"{ref.stored.name}: {count} of {ref.stored.numel} values are NaN or Inf")
-    return problems
+    counts: dict[str, tuple[int, int]] = {}
+
+    def count(ref: TensorRef) -> None:
+        bad = sum(map(_bad_values, _blocks(ref, reader)))
+        if bad:
+            counts[ref.stored.name] = bad, ref.stored.numel
+
+    in_threads(list(_tensors(adapter)), count, workers)
+    return [
+        f"{name}: {n} of {of} values are NaN or Inf" for name, (n, of) in sorted(counts.items())
+    ]
+
+
+def _bad_values(block: Tensor) -> int:
+    # One NaN or Inf makes the sum one; the sum alone is several times cheaper than the count.
+    if bool(torch.isfinite(block.sum(dtype=torch.float64))):
+        return 0
+    return int((~torch.isfinite(block)).sum())
 
 
 def _tensors(adapter: Adapter) -> Iterable[TensorRef]:
@@ -80,7 +93,7 @@ class Fingerprint:
         return self.deviation > 0.25 or (self.spread > 0.03 and self.correlation < 0.3)
 
 
-def fingerprint(plan: Plan, reader: Reader) -> Fingerprint | None:
+def fingerprint(plan: Plan, reader: Reader, *, workers: int) -> Fingerprint | None:
     """Sampled over modules and rows; None where no module has a magnitude per output row."""
     pairs = [
         (op.base, piece.module, piece.start, piece.offset, piece.stop - piece.start)
@@ -89,15 +102,20 @@ def fingerprint(plan: Plan, reader: Reader) -> Fingerprint | None:
         for piece in op.pieces
         if piece.module.axis is MagnitudeAxis.OUT and piece.module.magnitude is not None
     ]
+    chosen = _spread(pairs, _MODULES)
     logs: list[tuple[Tensor, Tensor]] = []
-    for base, module, start, offset, count in _spread(pairs, _MODULES):
+
+    def compare(pair: tuple[TensorRef, DoraModule, int, int, int]) -> None:
+        base, module, start, offset, count = pair
         picked = _indices(count, _ROWS)
-        norms = _row_norms(base, start + picked, reader)
+        norms = torch.linalg.vector_norm(_rows(base, start + picked, reader), dim=1)
         assert module.magnitude is not None
         magnitude = reader.load(module.magnitude).double()[offset + picked].abs()
         used = (norms > 0) & (magnitude > 0)
         if int(used.sum()) > 1:
             logs.append((magnitude[used].log(), norms[used].log()))
+
+    in_threads(chosen, compare, workers)
     if not logs:
         return None
     difference = torch.cat([m - n for m, n in logs])
@@ -140,10 +158,6 @@ def _spread(items: list[T], count: int) -> list[T]:
 
 def _indices(count: int, wanted: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, wanted)).round().long()
-
-
-def _row_norms(base: TensorRef, rows: Tensor, reader: Reader) -> Tensor:
-    return torch.linalg.vector_norm(_rows(base, rows, reader), dim=1)
 
 
 def _rows(ref: TensorRef, rows: Tensor, reader: Reader) -> Tensor:

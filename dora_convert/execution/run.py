@@ -46,6 +46,18 @@ class _Faults:
                 self.found[name] = self.found.get(name, RowFaults()) + faults
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What both passes share."""
+
+    plan: Plan
+    folder: Path
+    workers: int
+    listener: Listener
+    reader: Reader = field(default_factory=Reader)
+    faults: _Faults = field(default_factory=_Faults)
+
+
 def run(
     plan: Plan,
     folder: Path,
@@ -60,25 +72,23 @@ def run(
     leaves rows of norm 0 at zero instead.
     """
     begun = time.perf_counter()
-    reader, faults = Reader(), _Faults()
+    this = _Run(plan, folder, workers, listener)
     work = list(units(plan))
-    factors = _measure([u for u in work if is_two_pass(u.job)], reader, faults, workers)
-    merged = _write(plan, work, folder, reader, factors, faults, workers, listener)
-    _raise_faults(faults.found, keep_zero_rows=keep_zero_rows)
+    factors = _measure(this, [unit for unit in work if is_two_pass(unit.job)])
+    merged = _write(this, work, factors)
+    _raise_faults(this.faults.found, keep_zero_rows=keep_zero_rows)
     return RunTimes(merge=merged - begun, sync=time.perf_counter() - merged)
 
 
-def _measure(
-    work: Sequence[Unit], reader: Reader, faults: _Faults, workers: int
-) -> dict[str, Tensor]:
+def _measure(this: _Run, work: Sequence[Unit]) -> dict[str, Tensor]:
     """First pass of IN jobs: the factor of every column, by output tensor."""
     sums: dict[int, Tensor] = {}
     buffers = _PerThread()
 
     def measure(item: tuple[int, Unit]) -> None:
-        sums[item[0]] = sum_columns(item[1], reader, buffers.own)
+        sums[item[0]] = sum_columns(item[1], this.reader, buffers.own)
 
-    in_threads(list(enumerate(work)), measure, workers)
+    in_threads(list(enumerate(work)), measure, this.workers)
     totals: dict[str, Tensor] = {}
     # Added in the order of the units, whoever computed them: float addition is not associative.
     for i, unit in enumerate(work):
@@ -90,8 +100,8 @@ def _measure(
         assert isinstance(op, Merge)
         magnitude = op.pieces[0].module.magnitude
         assert magnitude is not None
-        factors[name], fault = column_factors(reader.load(magnitude), squares)
-        faults.add(name, fault)
+        factors[name], fault = column_factors(this.reader.load(magnitude), squares)
+        this.faults.add(name, fault)
     return factors
 
 
@@ -134,31 +144,22 @@ class _Shards:
         return [self.writer(i) for i in range(len(self._plan.shards)) if i not in self._waiting]
 
 
-def _write(
-    plan: Plan,
-    work: Sequence[Unit],
-    folder: Path,
-    reader: Reader,
-    factors: Mapping[str, Tensor],
-    faults: _Faults,
-    workers: int,
-    listener: Listener,
-) -> float:
+def _write(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> float:
     """All units; returns the time at which the last byte was handed to the system."""
-    shards = _Shards(plan, work, folder)
-    sealer = _Sealer(listener)
+    shards = _Shards(this.plan, work, this.folder)
+    sealer = _Sealer(this.listener)
     buffers = _PerThread()
 
     def write(unit: Unit) -> None:
-        output = Output(reader, buffers.own, shards.writer(unit.shard), factors)
-        faults.add(unit.job.output.name, run_unit(unit, output))
-        listener.advanced(_nbytes(unit))
+        output = Output(this.reader, buffers.own, shards.writer(unit.shard), factors)
+        this.faults.add(unit.job.output.name, run_unit(unit, output))
+        this.listener.advanced(_nbytes(unit))
         complete = shards.done(unit.shard)
         if complete is not None:
             sealer.put(complete)
 
     try:
-        in_threads(work, write, workers)
+        in_threads(work, write, this.workers)
         for writer in shards.empty():
             sealer.put(writer)
         merged = time.perf_counter()
@@ -210,7 +211,7 @@ class _Sealer:
                 if self._error is None:
                     writer.seal()
                     self._listener.sealed(writer.file.name)
-            except BaseException as error:  # noqa: BLE001 - handed to `finish`
+            except BaseException as error:
                 self._error = error
             finally:
                 writer.close()

@@ -31,7 +31,7 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
                 return
             try:
                 do(item)
-            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+            except BaseException as error:
                 errors.append(error)
 
     threads = [threading.Thread(target=loop, daemon=True) for _ in range(min(workers, len(work)))]

@@ -41,6 +41,7 @@ def units(plan: Plan) -> Iterator[Unit]:
 
 
 def _cut(shard: int, job: Job) -> Iterator[Unit]:
+    total = step = 1
     match job.op:
         case Copy(source) if isinstance(source.source, Slice) and not source.view:
             total, step = job.output.nbytes, 2 * UNIT_BYTES
@@ -48,8 +49,6 @@ def _cut(shard: int, job: Job) -> Iterator[Unit]:
             total = base.spec.shape[0]
             step = max(1, UNIT_BYTES * total // max(base.spec.nbytes, 1))
         case Copy() | Cast() | PatchRows():
-            total = step = 1
-    if total == 0:
-        return
+            pass  # small, or rare enough to be one piece
     for start in range(0, total, step):
         yield Unit(shard, job, start, min(start + step, total))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dora_convert.core.adapter import DoraModule, MagnitudeAxis
-from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Piece, Plan
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Pickled, TensorRef, Transposed
 
@@ -155,7 +155,9 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
         tally.compared += got.numel() * got.dtype.itemsize
         if not _same_bits(got, expected):
             wrong = sum(not _same_bits(a, b) for a, b in zip(got, expected, strict=True))
-            tally.differences.append(f"{name}: {wrong} of {len(rows)} rows differ from their source")
+            tally.differences.append(
+                f"{name}: {wrong} of {len(rows)} rows differ from their source"
+            )
 
 
 def _scalar(job: Job) -> Tensor:
@@ -204,7 +206,9 @@ def _compare_merge(
             inside = [i for i, row in enumerate(rows) if piece.start <= row < piece.stop]
             if inside:
                 module_rows = [rows[i] - piece.start + piece.offset for i in inside]
-                exact[inside] = _exact(base[inside], piece.module, module_rows, norms.get(id(piece)))
+                exact[inside] = _exact(
+                    base[inside], piece.module, module_rows, norms.get(id(piece))
+                )
         got = _rows_of(file, name, rows)
         wrong += _compare(got, exact, base, tolerance, tally)
         tally.rows += len(rows)
@@ -213,9 +217,7 @@ def _compare_merge(
         tally.differences.append(f"{name}: {wrong} values are not the recomputed ones")
 
 
-def _exact(
-    base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None
-) -> Tensor:
+def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None) -> Tensor:
     """The paper's formula on some rows, in float64."""
     direction = base
     if module.delta is not None:
@@ -256,5 +258,3 @@ def _compare(got: Tensor, exact: Tensor, base: Tensor, tolerance: float, tally: 
     tally.effect += float((exact - base).square().sum())
     tally.kept += float(((value - base) * (exact - base)).sum())
     return int((~((value - exact).abs() <= limit)).sum())
-
-

@@ -108,7 +108,9 @@ def _set_task(
     if stem is not None:
         config["architectures"] = [stem[1] + suffix]
     heads = [s for s in specs if s.name in adapter.replaced and s.name not in checkpoint.tensors]
-    counts = {s.shape[0] for s in heads if re.search(r"(score|classifier|out_proj)\.weight$", s.name)}
+    counts = {
+        s.shape[0] for s in heads if re.search(r"(score|classifier|out_proj)\.weight$", s.name)
+    }
     if len(counts) == 1 and adapter.task != "QUESTION_ANS":
         labels = range(counts.pop())
         config["id2label"] = {str(i): f"LABEL_{i}" for i in labels}

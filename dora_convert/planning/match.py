@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
 from dora_convert.core.bundle import Checkpoint
@@ -248,10 +249,12 @@ def _check_overlaps(matching: Matching) -> None:
     for target in matching.targets:
         if target.creates is None:
             for part in target.rows:
-                taken.setdefault(part.tensor, []).append((part.start, part.stop, target.module.path))
+                taken.setdefault(part.tensor, []).append(
+                    (part.start, part.stop, target.module.path)
+                )
     for name, spans in taken.items():
         spans.sort()
-        for (_, stop, one), (start, _, two) in zip(spans, spans[1:], strict=False):
+        for (_, stop, one), (start, _, two) in pairwise(spans):
             if start < stop:
                 matching.problems.append(f"{one} and {two} are both stored in {name}")
         for other in (matching.replaced, matching.patches):

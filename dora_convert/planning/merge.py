@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dora_convert.core.adapter import Adapter
@@ -19,12 +18,14 @@ __all__ = ["Outputs", "merge_jobs"]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Jobs by output tensor, in the checkpoint's order, and the stored tensor beside which a new
-    one goes.
+    """Jobs by output tensor, in the checkpoint's order.
+
+    `beside` names, for each tensor that the checkpoint does not hold, the stored one whose shard
+    it goes into.
     """
 
-    jobs: Mapping[str, Job]
-    beside: Mapping[str, str]
+    jobs: dict[str, Job]
+    beside: dict[str, str]
 
 
 def merge_jobs(
@@ -57,7 +58,7 @@ def merge_jobs(
         stored = checkpoint.tensors.get(source)
         kind = stored.spec.dtype if stored is not None else _common_dtype(checkpoint)
         jobs[name] = _job(name, op, kind, None, dtype)
-        beside[name] = source if stored is not None else next(reversed(checkpoint.tensors))
+        beside[name] = source if stored is not None else list(checkpoint.tensors)[-1]
     return Outputs(jobs, beside)
 
 
@@ -82,9 +83,7 @@ def _pieces(matching: Matching) -> tuple[dict[str, list[Piece]], dict[str, Tenso
     return pieces, bases
 
 
-def _created(
-    checkpoint: Checkpoint, matching: Matching, ties: Ties
-) -> list[tuple[str, Op, str]]:
+def _created(checkpoint: Checkpoint, matching: Matching, ties: Ties) -> list[tuple[str, Op, str]]:
     """Tensors that the checkpoint does not hold: (name, op, a stored tensor akin to it)."""
     created: list[tuple[str, Op, str]] = []
     for target in matching.targets:
@@ -108,9 +107,7 @@ def _matrix(ref: TensorRef) -> TensorRef:
     return ref.reshaped(rows, ref.spec.numel // rows)
 
 
-def _job(
-    name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType | None
-) -> Job:
+def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType | None) -> Job:
     """The job with its output's name, shape and type; a Copy that changes type is a Cast."""
     if dtype is not None and kind.is_weight:
         kind = dtype
@@ -123,9 +120,7 @@ def _job(
             return Job(op, replace(source.spec, name=name, dtype=kind))
 
 
-def _dropped_heads(
-    adapter: Adapter, checkpoint: Checkpoint, matching: Matching
-) -> frozenset[str]:
+def _dropped_heads(adapter: Adapter, checkpoint: Checkpoint, matching: Matching) -> frozenset[str]:
     """A classifier has no language model head: transformers would report it as unexpected."""
     if adapter.task not in ("SEQ_CLS", "TOKEN_CLS") or not matching.replaced:
         return frozenset()

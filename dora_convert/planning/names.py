@@ -175,10 +175,8 @@ def _uses(table: Json, name: str, config: Json) -> list[_Use]:
 
     out = []
     for part in _parts(table, root, config):
-        if is_covered(part.name, part.path):
-            continue
         key = part.name if part.name in rules else part.kind
-        if key not in rules or (key != part.name and is_covered(key, part.path)):
+        if key not in rules or any(is_covered(used, part.path) for used in (part.name, key)):
             continue
         for used in {part.name, key}:
             seen[used].append(part.path)
@@ -308,8 +306,7 @@ def _operated(rule: _Rule, values: _Values, config: Json) -> _Values | None:
             joined: list[Rows] = []
             for source in rule.sources:
                 origin = values[source]
-                if isinstance(origin, Unsupported):
-                    return None
+                assert not isinstance(origin, Unsupported), operation
                 joined += origin
             values = {rule.put[0]: tuple(joined)}
             continue
@@ -324,36 +321,22 @@ def _operated(rule: _Rule, values: _Values, config: Json) -> _Values | None:
             continue
         else:
             return None
-        if isinstance(whole, Unsupported) or len(shares) != len(rule.put):
+        if isinstance(whole, Unsupported) or len(whole) > 1 or len(shares) != len(rule.put):
             return None
-        values = _shared(whole, dict(zip(rule.put, shares, strict=True)))
+        values = _shared(whole[0], dict(zip(rule.put, shares, strict=True)))
     return values
 
 
-def _shared(whole: tuple[Rows, ...], shares: dict[str, int]) -> _Values:
+def _shared(whole: Rows, shares: dict[str, int]) -> _Values:
     """Cut rows in proportion; nothing where they do not divide."""
-    total = sum(rows.stop - rows.start for rows in whole)
-    unit, rest = divmod(total, sum(shares.values()))
-    if rest:
-        return {}
+    unit, rest = divmod(whole.stop - whole.start, sum(shares.values()))
     out: _Values = {}
-    at = 0
+    start = whole.start
     for target, share in shares.items():
-        out[target] = _window(whole, at, at + share * unit)
-        at += share * unit
-    return out
-
-
-def _window(whole: tuple[Rows, ...], start: int, stop: int) -> tuple[Rows, ...]:
-    out = []
-    at = 0
-    for rows in whole:
-        size = rows.stop - rows.start
-        first, last = (min(max(edge - at, 0), size) for edge in (start, stop))
-        if first < last:
-            out.append(Rows(rows.tensor, rows.start + first, rows.start + last))
-        at += size
-    return tuple(out)
+        stop = start + share * unit
+        out[target] = (Rows(whole.tensor, start, stop),)
+        start = stop
+    return {} if rest else out
 
 
 def _head_counts(config: Json) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_convert.core.bundle import Checkpoint
-from dora_convert.planning.names import Origin, Rows, module_tensors
+from dora_convert.planning.names import Origin, Rows, Unsupported, module_tensors
 
 __all__ = ["Resolver", "resolver"]
 
@@ -44,9 +44,10 @@ def resolver(checkpoint: Checkpoint, paths: Iterable[str]) -> Resolver:
     """A resolver for this checkpoint, with the one prefix that lets the most paths be found."""
     shapes = {name: ref.spec.shape for name, ref in checkpoint.tensors.items()}
     origins: dict[str, Origin] = dict(module_tensors(checkpoint.config, shapes))
-    # A name on disk means what it says, also where the table knows it as another's.
+    # A name on disk means what it says, unless loading is known to make other data of it.
     for name, shape in shapes.items():
-        origins[name] = (Rows(name, 0, shape[0] if shape else 1),)
+        if not isinstance(origins.get(name), Unsupported):
+            origins[name] = (Rows(name, 0, shape[0] if shape else 1),)
     missing = [f"{path}.weight" for path in paths if f"{path}.weight" not in origins]
     plain = Resolver(origins)
     if not missing:

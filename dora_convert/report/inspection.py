@@ -69,7 +69,7 @@ def _kind(module: DoraModule) -> str:
 
 
 def _stored(module: DoraModule) -> Mapping[str, TensorRef]:
-    found = {}
+    found: dict[str, TensorRef] = {}
     if module.delta is not None:
         found |= {"down": module.delta.down, "up": module.delta.up}
     if module.magnitude is not None:

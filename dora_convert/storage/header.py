@@ -28,6 +28,7 @@ _MAX_LENGTH = 100_000_000
 _MAX_TENSORS = 500_000
 _MAX_RANK = 16
 _MAX_ENTRY = 2000  # characters of one tensor's `{...}`; sixteen axes of 19 digits take 400
+_KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _SPACE = re.compile(r"[ \t\n\r]*")
 _AGAIN = "Download it again, or have it written again."
@@ -142,7 +143,13 @@ def _parse(raw: bytes) -> dict[str, _Entry]:
             continue
         if len(entries) == _MAX_TENSORS:
             raise _FaultError(f"holds more than {_MAX_TENSORS} tensors")
-        entries[name] = _entry(name, text[begin : text.find("}", begin) + 1])
+        if not name or not name.isprintable():
+            raise _FaultError(f"has a tensor whose name {quoted(name)} is empty or unprintable")
+        try:
+            entries[name] = _entry(name, text[begin : text.find("}", begin) + 1])
+        except _FaultError as fault:
+            at = f"has a broken header at tensor {quoted(name)}: {fault}"
+            raise _FaultError(at, fault.hint) from fault
     return entries
 
 
@@ -221,39 +228,33 @@ def _check_rest(text: str, at: int) -> None:
 
 
 def _entry(name: str, text: str) -> _Entry:
-    """One tensor from its `{...}`."""
-    if not name or not name.isprintable():
-        raise _FaultError(f"has a tensor whose name {quoted(name)} is empty or cannot be printed")
-    about = f"has a broken header at tensor {quoted(name)}:"
+    """Read one tensor from its `{...}`."""
     if not text.startswith("{") or len(text) > _MAX_ENTRY:
-        raise _FaultError(f"{about} dtype, shape and data_offsets are not there")
+        raise _FaultError("dtype, shape and data_offsets are not there")
     try:
         pairs = _ENTRY.decode(text)
     except (ValueError, RecursionError) as error:
-        raise _FaultError(f"{about} it is not JSON, or a number is not a natural one") from error
-    if sorted(key for key, _ in pairs) != ["data_offsets", "dtype", "shape"]:
-        raise _FaultError(
-            f"{about} it must give dtype, shape and data_offsets, once, and nothing else"
-        )
+        raise _FaultError("it is not JSON, or a number in it is not a whole one") from error
     info: dict[str, Any] = dict(pairs)
+    if len(pairs) != len(_KEYS) or info.keys() != _KEYS:
+        raise _FaultError("it must give dtype, shape and data_offsets, once, and nothing else")
     dtype = _DTYPES.get(info["dtype"]) if isinstance(info["dtype"], str) else None
     if dtype is None:
-        raise _FaultError(f"{about} dtype {quoted(str(info['dtype']))} is not known")
+        raise _FaultError(f"dtype {quoted(str(info['dtype']))} is not known")
     shape, offsets = info["shape"], info["data_offsets"]
     if not _are_counts(shape) or len(shape) > _MAX_RANK:
-        raise _FaultError(f"{about} its shape must be at most {_MAX_RANK} whole numbers")
+        raise _FaultError(f"its shape must be at most {_MAX_RANK} whole numbers")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise _FaultError(f"{about} its data_offsets must be two whole numbers")
-    return _sized(TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1], about)
+        raise _FaultError("its data_offsets must be two whole numbers")
+    return _sized(TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1])
 
 
-def _sized(spec: TensorSpec, begin: int, end: int, about: str) -> _Entry:
-    bits = spec.numel * spec.dtype.bits
-    if bits % 8:
-        raise _FaultError(f"{about} {spec.numel} elements of {spec.dtype.label} are no whole bytes")
+def _sized(spec: TensorSpec, begin: int, end: int) -> _Entry:
+    if spec.numel * spec.dtype.bits % 8:
+        raise _FaultError(f"{spec.numel} elements of {spec.dtype.label} are no whole bytes")
     if end - begin != spec.nbytes:
         raise _FaultError(
-            f"{about} {spec.dtype.label} {list(spec.shape)} takes {spec.nbytes} bytes, "
+            f"{spec.dtype.label} {list(spec.shape)} takes {spec.nbytes} bytes, "
             f"its data_offsets {begin} to {end} span {end - begin}"
         )
     return spec, begin, end

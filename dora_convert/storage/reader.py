@@ -110,7 +110,7 @@ def _turned(tensor: Tensor, view: tuple[Step, ...]) -> Tensor:
 
 
 def _pread_into(fd: int, file: Path, target: Tensor, offset: int) -> None:
-    data = memoryview(target.numpy())
+    data = target.numpy().data
     done = 0
     while done < len(data):
         count = os.preadv(fd, [data[done:]], offset + done)

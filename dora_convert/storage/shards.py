@@ -38,12 +38,12 @@ class ShardWriter:
 
     def write(self, name: str, offset: int, data: Tensor) -> None:
         """Bytes (a contiguous uint8 tensor) at `offset` of the tensor `name`."""
-        self._pwrite(memoryview(data.numpy()), self._starts[name] + offset)
+        self._pwrite(data.numpy().data, self._starts[name] + offset)
         self._count(data.numel())
 
     def overwrite(self, name: str, offset: int, data: Tensor) -> None:
         """The same over bytes that were written, and counted, before."""
-        self._pwrite(memoryview(data.numpy()), self._starts[name] + offset)
+        self._pwrite(data.numpy().data, self._starts[name] + offset)
 
     def copy(self, name: str, offset: int, source: int, start: int, *, nbytes: int) -> None:
         """`nbytes` from `start` of the open file `source`, without passing through this process.

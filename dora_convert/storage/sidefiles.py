@@ -36,7 +36,7 @@ _TOKENIZER = (
 
 
 def own_files(adapter: Path, base: Path) -> dict[str, Path]:
-    """Tokenizer and processor files of the adapter's folder that the base lacks or has otherwise."""
+    """The adapter's tokenizer and processor files that the base lacks, or has otherwise."""
     found = {}
     for name in _TOKENIZER:
         mine, theirs = adapter / name, base / name

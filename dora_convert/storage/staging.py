@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -162,7 +163,12 @@ def _locked(folder: Path) -> int:
             _lock(fd, folder)
             if _is_at(fd, folder):
                 return fd
-        except BaseException:
+        except OSError:
+            os.close(fd)
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        except OutputError:
             os.close(fd)
             raise
         os.close(fd)
@@ -186,11 +192,11 @@ def _is_at(fd: int, folder: Path) -> bool:
 
 def _empty(folder: Path) -> None:
     """Delete all but the marker, so that what a kill leaves over is still known as ours."""
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        elif entry.name != _MARKER:
-            os.unlink(entry.path)  # noqa: PTH108
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _MARKER:
+            path.unlink()
 
 
 def _sync(folder: Path) -> None:

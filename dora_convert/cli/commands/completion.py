@@ -12,7 +12,7 @@ __all__ = ["COMMAND"]
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a completion script for SHELL.
+    r"""Print a completion script for SHELL.
 
     \b
       eval "$(dora-convert completion bash)"

@@ -29,7 +29,7 @@ def inspect(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Show what an adapter is and, with a base, whether it fits and what it does.
+    r"""Show what an adapter is and, with a base, whether it fits and what it does.
 
     Without --base only headers are read.
 

@@ -66,7 +66,7 @@ def merge(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Merge an adapter into its base model.
+    r"""Merge an adapter into its base model.
 
     OUTPUT appears complete, or not at all. Its path is printed when it is done.
 
@@ -87,9 +87,7 @@ def merge(
     )
     options = reading_options(**reading)
     with progress("merging", quiet=quiet or as_json) as listener:
-        report = api.merge(
-            adapter, output, base=base, options=options, how=how, listener=listener
-        )
+        report = api.merge(adapter, output, base=base, options=options, how=how, listener=listener)
     if as_json:
         show_json("merge", report)
         return

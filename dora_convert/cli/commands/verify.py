@@ -45,7 +45,7 @@ def verify(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Recompute a merged checkpoint in float64 and compare.
+    r"""Recompute a merged checkpoint in float64 and compare.
 
     \b
       dora-convert verify ./merged --adapter ./adapter --base ./model --all

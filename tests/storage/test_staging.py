@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dora_convert.errors import OutputError
+from dora_convert.storage import staging
+from dora_convert.storage.oserrors import writing
+from dora_convert.storage.staging import Staging, check_output
+
+
+def tree(folder: Path) -> dict[str, str | None]:
+    """Everything below a folder, with the content of its files."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def run(out: Path, *, overwrite: bool = False, text: str = "new") -> None:
+    with Staging(out, nbytes=10, overwrite=overwrite) as work:
+        (work.dir / "model.safetensors").write_text(text)
+        (work.dir / "sub").mkdir()
+        (work.dir / "sub" / "config.json").write_text("{}")
+        work.publish()
+
+
+DONE = {"out": None, "out/model.safetensors": "new", "out/sub": None, "out/sub/config.json": "{}"}
+
+
+# ---------------------------------------------------------------------------------- publishing
+
+
+def test_fresh(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    assert tree(tmp_path) == DONE
+
+
+def test_onto_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run(tmp_path / "out")
+    assert tree(tmp_path) == DONE
+
+
+def test_nothing_is_seen_before(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Staging(out, nbytes=0, overwrite=False) as work:
+        assert work.dir == tmp_path / "out.partial"
+        assert not out.exists()
+        work.publish()
+        assert tree(tmp_path) == {"out": None}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    (tmp_path / "out" / "old" / "x").write_text("old")
+    run(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == DONE
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, None])
+def test_where_folders_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    library = SimpleNamespace()
+    if code is not None:
+        library.renameat2 = lambda *args: -1
+        monkeypatch.setattr(ctypes, "get_errno", lambda: code)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: library)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    run(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == DONE
+
+
+def test_exchange_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(renameat2=lambda *args: -1)
+    monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EIO)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **options: library)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    with pytest.raises(OutputError, match="out cannot be written: the disk reported an error"):
+        run(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == {"out": None, "out/x": "old"}
+
+
+def test_the_old_folder_comes_back_when_the_second_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").write_text("old")
+    rename = os.rename
+    seen: list[Any] = []
+
+    def third_fails(source: Any, target: Any) -> None:
+        seen.append(source)
+        if len(seen) == 3:
+            raise OSError(errno.EIO, "x")
+        rename(source, target)
+
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", third_fails)
+    with pytest.raises(OutputError, match="the disk reported an error"):
+        run(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == {"out": None, "out/x": "old"}
+
+
+def test_the_old_folder_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    rmtree = shutil.rmtree
+
+    def fails(path: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EIO, "x")
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(OutputError, match="out was replaced, but what was there before") as caught:
+        run(tmp_path / "out", overwrite=True)
+    assert caught.value.where == (str(tmp_path / "out.partial"),)
+    left = {"out.partial": None, "out.partial/old": None, "out.partial/.dora-convert": ""}
+    assert tree(tmp_path) == DONE | left
+    monkeypatch.undo()
+    run(tmp_path / "out", overwrite=True)  # known as ours, so it does not stop the next run
+    assert tree(tmp_path) == DONE
+
+
+def test_somebody_fills_the_output_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (  # noqa: PT012
+        pytest.raises(OutputError, match="out cannot be written: it exists already and is not"),
+        Staging(out, nbytes=0, overwrite=False) as work,
+    ):
+        out.mkdir()
+        (out / "x").write_text("theirs")
+        work.publish()
+    assert tree(tmp_path) == {"out": None, "out/x": "theirs"}
+
+
+def test_link_as_output(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/out")
+    run(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk" / "out").iterdir()) == [
+        "model.safetensors",
+        "sub",
+    ]
+
+
+def test_all_is_brought_to_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def watch_fsync(fd: int) -> None:
+        events.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    def watch_rename(source: Any, target: Any) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "rename", watch_rename)
+    run(tmp_path / "out")
+    cut = events.index("rename")
+    assert set(events[:cut]) == {"model.safetensors", "config.json", "sub", "out.partial"}
+    assert events[:cut].index("config.json") < events[:cut].index("sub") < cut - 1
+    assert events[cut + 1 :] == [tmp_path.name]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        run(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode
+    file = tmp_path / "out" / "model.safetensors"
+    assert stat.S_IMODE(file.stat().st_mode) == mode & 0o666
+
+
+# ------------------------------------------------------------------------------ nothing is left
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, None])
+def test_without_publishing(tmp_path: Path, error: type[BaseException] | None) -> None:
+    (tmp_path / "out").mkdir()
+    caught = pytest.raises(error) if error else contextlib.nullcontext()
+    with caught, Staging(tmp_path / "out", nbytes=0, overwrite=True) as work:
+        (work.dir / "model.safetensors").write_text("x")
+        if error:
+            raise error
+    assert tree(tmp_path) == {"out": None}
+
+
+def test_failure_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fd: int) -> None:
+        raise OSError(errno.EIO, "x")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OutputError, match="out cannot be written: the disk reported an error"):
+        run(tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("call", ["flock", "statvfs"])
+def test_failure_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fails(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "x")
+
+    monkeypatch.setattr(fcntl if call == "flock" else os, call, fails)
+    before = open_files()
+    with pytest.raises(OutputError, match=r"out\.partial cannot be written: no locks available"):
+        run(tmp_path / "out")
+    assert open_files() == before
+    assert tree(tmp_path) == {}
+
+
+# ---------------------------------------------------------------------------------- the lock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dora_convert.storage.staging import Staging
+with Staging(Path(sys.argv[1]), nbytes=0, overwrite=False) as work:
+    (work.dir / "model.safetensors").write_text("half")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that is in the middle of a run."""
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with holder(out) as process:
+        with pytest.raises(OutputError, match="another run is writing out"):
+            run(out)
+        assert tree(out.with_name("out.partial"))["model.safetensors"] == "half"
+        process.communicate()  # its input ends, and so does it
+        assert process.returncode == 0
+    assert tree(tmp_path) == {}
+    run(out)
+    assert tree(tmp_path) == DONE
+
+
+def test_killed_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with holder(out) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (tmp_path / "out.partial" / "sub").mkdir()
+    (tmp_path / "out.partial" / "sub" / "x").write_text("x")
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    run(out)
+    assert tree(tmp_path) == DONE
+
+
+def test_empty_folder_in_the_way_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    run(tmp_path / "out")
+    assert tree(tmp_path) == DONE
+
+
+def test_foreign_things_in_the_way(tmp_path: Path) -> None:
+    place = tmp_path / "out.partial"
+    place.mkdir()
+    (place / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match="was not made by this tool"):
+        run(tmp_path / "out")
+    assert tree(tmp_path) == {"out.partial": None, "out.partial/thesis.tex": "x"}
+    shutil.rmtree(place)
+    place.write_text("x")
+    with pytest.raises(OutputError, match="is not a folder"):
+        run(tmp_path / "out")
+    place.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="is not a folder"):
+        run(tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["before opening", "before locking"])
+def test_the_other_run_ends_just_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The folder that is about to be locked goes away under its name; another one is made."""
+    place = tmp_path / "out.partial"
+    gone: list[str] = []
+
+    def before(real: Any) -> Any:
+        def first(*args: Any) -> Any:
+            if not gone:
+                gone.append(how)
+                place.rename(tmp_path / "theirs")
+            return real(*args)
+
+        return first
+
+    if how == "before opening":
+        monkeypatch.setattr(os, "open", before(os.open))
+    else:
+        monkeypatch.setattr(fcntl, "flock", before(fcntl.flock))
+    run(tmp_path / "out")
+    assert gone == [how]
+    assert tree(tmp_path) == DONE | {"theirs": None}
+
+
+# ---------------------------------------------------------------------------------- the space
+
+
+@pytest.mark.parametrize(
+    ("blocks", "free", "enough"), [(10_000, 1000, False), (10_000, 1200, True), (0, 0, True)]
+)
+def test_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, free: int, enough: bool
+) -> None:
+    disk = SimpleNamespace(f_blocks=blocks, f_bavail=free, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    if enough:
+        with Staging(tmp_path / "out", nbytes=3_500_000, overwrite=False):
+            pass
+    else:
+        with pytest.raises(OutputError) as caught:
+            Staging(tmp_path / "out", nbytes=3_500_000, overwrite=False).__enter__()
+        assert caught.value.what == (
+            "the disk has too little space: 4.549 MB needed, 4.096 MB free"
+        )
+        assert caught.value.where == (str(tmp_path),)
+    assert tree(tmp_path) == {}
+
+
+def test_sizes() -> None:
+    assert [staging._size(n) for n in (0, 999, 1000, 2_500_000, 16_100_000_000)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "2.5 MB",
+        "16.1 GB",
+    ]
+
+
+# ------------------------------------------------------------------------------ real file systems
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB, which root may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, check=False).returncode:
+        pytest.skip("may not mount a file system here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def remount(place: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
+
+
+def test_small_disk(mounted: Path) -> None:
+    with Staging(mounted / "out", nbytes=3_100_000, overwrite=False):
+        (mounted / "x").write_bytes(bytes(500_000))
+    with pytest.raises(OutputError, match=r"too little space: 4\.149 MB needed, 3\.\d+ MB free"):
+        Staging(mounted / "out", nbytes=3_100_000, overwrite=False).__enter__()
+    run(mounted / "out")
+    with (
+        pytest.raises(OutputError, match=r"out\.partial cannot be written: no space is left"),
+        Staging(mounted / "out", nbytes=0, overwrite=True) as work,
+        writing(work.dir),
+    ):
+        (work.dir / "model.safetensors").write_bytes(bytes(5_000_000))
+    (mounted / "x").unlink()
+    assert tree(mounted) == DONE
+
+
+def test_read_only_disk(mounted: Path) -> None:
+    remount(mounted, "ro")
+    with pytest.raises(OutputError, match="disk cannot be written: the file system is read-only"):
+        check_output(mounted / "out", inputs=[], overwrite=False)
+    with pytest.raises(OutputError, match=r"out\.partial cannot be written: the file system is"):
+        run(mounted / "out")
+    assert tree(mounted) == {}
+
+
+def test_mount_point_as_output(mounted: Path) -> None:
+    with pytest.raises(OutputError, match="is a mount point") as caught:
+        check_output(mounted, inputs=[], overwrite=True)
+    assert caught.value.hint.endswith(str(mounted / "merged"))
+    with pytest.raises(OutputError, match="disk cannot be written: it is in use"):
+        run(mounted)
+    assert [path.name for path in mounted.parent.iterdir()] == ["disk"]
+
+
+# -------------------------------------------------------------------------- before any work
+
+
+def refused(out: Path, *inputs: Path, overwrite: bool = True) -> OutputError:
+    with pytest.raises(OutputError) as caught:
+        check_output(out, inputs=inputs, overwrite=overwrite)
+    assert caught.value.hint
+    return caught.value
+
+
+def test_good_outputs(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    file = tmp_path / "lora.safetensors"
+    file.write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    inputs = [tmp_path / "base", file]
+    check_output(tmp_path / "out", inputs=inputs, overwrite=False)
+    check_output(tmp_path / "base2", inputs=inputs, overwrite=False)
+    check_output(tmp_path / "empty", inputs=inputs, overwrite=False)
+    check_output(tmp_path / "full", inputs=inputs, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_existing_output(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("x")
+    error = refused(tmp_path, overwrite=False)
+    assert error.what == f"{tmp_path} exists already and is not empty"
+    assert "--overwrite" in error.hint
+    error = refused(tmp_path / "x")
+    assert error.what == f"{tmp_path / 'x'} is a file"
+
+
+def test_output_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    (tmp_path / "link").symlink_to("models")
+    monkeypatch.chdir(base)
+    for out, given, relation in [
+        (base, base, "is"),
+        (tmp_path / "link" / "base", base, "is"),
+        (base, tmp_path / "link" / "base", "is"),
+        (Path(), base, "is"),
+        (Path("../base"), base, "is"),
+        (base / "out", base, "lies inside"),
+        (Path("out"), Path(), "lies inside"),
+        (tmp_path / "link" / "base" / "a" / "b", base, "lies inside"),
+        (base.parent, base, "contains"),
+        (tmp_path, base / "model.safetensors", "contains"),
+        (base, tmp_path / "models" / "base.partial", "is"),
+    ]:
+        error = refused(out, tmp_path.parent / "other", given)
+        assert error.what == f"the output {out} {relation} the input {given}"
+
+
+def test_parents(tmp_path: Path) -> None:
+    error = refused(tmp_path / "a" / "b" / "out")
+    assert error.what == f"the folder of the output, {tmp_path / 'a' / 'b'}, does not exist"
+    assert error.hint == f"mkdir -p {tmp_path / 'a' / 'b'}"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="a part of its path is not a folder"):
+        check_output(tmp_path / "file" / "out", inputs=[], overwrite=False)
+    assert refused(Path("/")).what == "/ is a mount point, which cannot be replaced"
+    with pytest.raises(OutputError, match="its name is too long"):
+        check_output(tmp_path / ("x" * 300), inputs=[], overwrite=False)
+
+
+def test_parent_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise OSError(errno.EACCES, "x")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", fails)
+    with pytest.raises(OutputError, match="cannot be written: permission is denied"):
+        check_output(tmp_path / "out", inputs=[], overwrite=False)
