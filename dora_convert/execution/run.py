@@ -141,7 +141,8 @@ class _Shards:
 
     def empty(self) -> list[ShardWriter]:
         """Files without any byte of data, which no unit opens."""
-        return [self.writer(i) for i in range(len(self._plan.shards)) if i not in self._waiting]
+        missing = [shard for i, shard in enumerate(self._plan.shards) if i not in self._waiting]
+        return [ShardWriter(self._folder / shard.file, shard.specs) for shard in missing]
 
 
 def _write(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> float:

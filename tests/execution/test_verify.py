@@ -1,0 +1,147 @@
+"""The check finds what is wrong, and passes what is right, by numbers made in these tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dora_convert.core.adapter import MagnitudeAxis, TokenRows
+from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan
+from dora_convert.core.reports import Verification
+from dora_convert.core.tensors import DType
+from dora_convert.execution.verify import verify
+from dora_convert.storage.pickled import read_pickle_header
+
+from .conftest import Store, exact, module, plan_of
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=MagnitudeAxis)
+def case(store: Store, request: pytest.FixtureRequest) -> tuple[Plan, dict[str, Tensor]]:
+    """A plan with every operation, and the tensors that it must give."""
+    axis: MagnitudeAxis = request.param
+    rows, columns = 60, 20
+    weight = random(rows, columns, seed=1).bfloat16()
+    table, trained, bias = random(30, 8, seed=2), random(2, 8, seed=3), random(9, seed=4)
+    parts = {
+        "up": random(rows, 3, seed=5),
+        "down": random(3, columns, seed=6),
+        "m": random(rows if axis is MagnitudeAxis.OUT else columns, seed=7).abs() + 1,
+    }
+    base = store(w=weight, t=table, b=bias, n=torch.tensor(7))
+    refs = store("adapter.safetensors", rows=trained, **parts)
+    plan = plan_of(
+        {
+            "w": (
+                Merge(base["w"], (Piece(0, rows, module(refs, axis)),)),
+                DType.BF16,
+                (rows, columns),
+            ),
+            "t": (PatchRows(base["t"], TokenRows((29, 4), refs["rows"])), DType.F32, (30, 8)),
+            "b": (Copy(base["b"]), DType.F32, (9,)),
+            "c": (Cast(base["b"]), DType.F16, (9,)),
+            "n": (Copy(base["n"]), DType.I64, ()),
+        }
+    )
+    patched = table.clone()
+    patched[29], patched[4] = trained
+    merged = exact(weight, **parts, dim=1 if axis is MagnitudeAxis.OUT else 0).bfloat16()
+    right = {"w": merged, "t": patched, "b": bias, "c": bias.half(), "n": torch.tensor(7)}
+    return plan, right
+
+
+def check(
+    plan: Plan, tensors: dict[str, Tensor], folder: Path, samples: int | None = None
+) -> Verification:
+    save_file(tensors, folder / "result.safetensors")
+    files = dict.fromkeys(tensors, folder / "result.safetensors")
+    return verify(plan, files, samples=samples)
+
+
+@pytest.mark.parametrize("samples", [None, 1, 5])
+def test_the_right_result_passes(
+    case: tuple[Plan, dict[str, Tensor]], tmp_path: Path, samples: int | None
+) -> None:
+    plan, right = case
+    result = check(plan, right, tmp_path, samples)
+    assert result.differences == ()
+    assert result.tensors == 5
+    assert result.modules == 1
+    assert result.rows == (60 if samples is None else samples)
+    assert result.rounding is not None
+    assert result.rounding.off == 0
+    assert 0 < result.rounding.loss < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("w", (59, 19)), ("w", (0, 0)), ("t", (29, 0)), ("t", (3, 7)), ("b", (8,)), ("c", (0,))],
+)
+def test_one_changed_value_is_found(
+    case: tuple[Plan, dict[str, Tensor]], tmp_path: Path, name: str, index: tuple[int, ...]
+) -> None:
+    plan, right = case
+    wrong = {**right, name: right[name].clone()}
+    wrong[name][index] = wrong[name][index] * 1.03 + 1e-3
+    (difference,) = check(plan, wrong, tmp_path).differences
+    assert difference.startswith(f"{name}: 1 ")
+
+
+def test_a_changed_scalar_is_found(case: tuple[Plan, dict[str, Tensor]], tmp_path: Path) -> None:
+    plan, right = case
+    differences = check(plan, {**right, "n": torch.tensor(8)}, tmp_path).differences
+    assert differences == ("n: its value differs",)
+
+
+def test_a_merge_that_forgot_the_magnitude_is_found_by_a_sample(
+    case: tuple[Plan, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    plan, right = case
+    wrong = {**right, "w": (right["w"].double() * 1.01).bfloat16()}
+    assert check(plan, wrong, tmp_path, samples=4).differences
+
+
+def test_structure(case: tuple[Plan, dict[str, Tensor]], tmp_path: Path) -> None:
+    plan, right = case
+    wrong = {**right, "w": right["w"].float(), "b": right["b"][:5]}
+    del wrong["t"]
+    differences = check(plan, wrong, tmp_path).differences
+    assert "w: F32 [60, 20], expected BF16 [60, 20]" in differences
+    assert "b: F32 [5], expected F32 [9]" in differences
+    assert "t: missing" in differences
+
+
+def test_pickled_sources(tmp_path: Path, store: Store) -> None:
+    weight, up, down, m = (
+        random(6, 4, seed=1),
+        random(6, 2, seed=2),
+        random(2, 4, seed=3),
+        random(6, seed=4),
+    )
+    torch.save({"w": weight, "up": up, "down": down, "m": m}, tmp_path / "all.bin")
+    refs = read_pickle_header(tmp_path / "all.bin")
+    op = Merge(refs["w"], (Piece(0, 6, module(refs)),))
+    plan = plan_of({"w": (op, DType.F32, (6, 4)), "m": (Copy(refs["m"]), DType.F32, (6,))})
+    right = {"w": exact(weight, up, down, m).float(), "m": m}
+    assert check(plan, right, tmp_path).differences == ()
+    assert check(plan, {**right, "m": m + 1}, tmp_path).differences
+
+
+def test_zero_rows_stay_zero(tmp_path: Path, store: Store) -> None:
+    weight, up, down = random(4, 3, seed=1), random(4, 2, seed=2), random(2, 3, seed=3)
+    weight[1], up[1] = 0, 0
+    refs = store("a.safetensors", up=up, down=down, m=torch.tensor([1.0, 0, 1, 1]))
+    plan = plan_of(
+        {"w": (Merge(store(w=weight)["w"], (Piece(0, 4, module(refs)),)), DType.F32, (4, 3))}
+    )
+    right = exact(weight, up, down, torch.tensor([1.0, 0, 1, 1])).nan_to_num(0).float()
+    assert check(plan, {"w": right}, tmp_path).differences == ()
+    right[1, 0] = torch.nan
+    assert check(plan, {"w": right}, tmp_path).differences
