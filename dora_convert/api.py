@@ -164,9 +164,10 @@ def merge(
     verification = None
     if not how.dry_run:
         from dora_convert.execution.run import run
-        from dora_convert.storage.sidefiles import write_documents
+        from dora_convert.storage.sidefiles import documents_size, write_documents
 
-        with Staging(output, nbytes=plan.nbytes, overwrite=how.overwrite) as staging:
+        extra = documents_size(plan.documents)
+        with Staging(output, nbytes=plan.nbytes + extra, overwrite=how.overwrite) as staging:
             times = run(
                 plan,
                 staging.dir,

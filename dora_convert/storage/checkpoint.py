@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path, PurePath
 
 from dora_convert.core.bundle import Checkpoint, Json
@@ -32,6 +33,9 @@ _WEIGHT_SUFFIXES = frozenset(
     | {".onnx_data", ".ot", ".mlmodel", ".tflite", ".npz", ".distcp"}
 )
 _NOT_CARRIED = frozenset({"README.md", "adapter_config.json"})
+# sentence-transformers keeps the modules that follow the transformer in folders such as `2_Dense`,
+# each with weights of its own that no adapter touches.
+_MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]\w*")
 _OTHER_RUNTIMES = frozenset({"onnx", "openvino", "original", "coreml"})
 
 
@@ -136,7 +140,8 @@ def _carried(root: Path) -> tuple[str, ...]:
         folders[:] = [name for name in folders if not _is_passed_over(name)]
         for name in names:
             file = Path(place, name)
-            if _is_carried(name) and file.is_file() and not leaves(root, file):
+            part = bool(_MODULE_FOLDER.fullmatch(file.relative_to(root).parts[0]))
+            if (part or _is_carried(name)) and file.is_file() and not leaves(root, file):
                 carried.append(file.relative_to(root).as_posix())
     return tuple(sorted(carried))
 

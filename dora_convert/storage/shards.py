@@ -33,8 +33,13 @@ class ShardWriter:
         with writing(file):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(file, flags, 0o666)
-            os.ftruncate(self._fd, plan.size)
-        self._pwrite(memoryview(plan.head), 0)
+        try:
+            with writing(file):
+                os.ftruncate(self._fd, plan.size)
+            self._pwrite(memoryview(plan.head), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, name: str, offset: int, data: Tensor) -> None:
         """Bytes (a contiguous uint8 tensor) at `offset` of the tensor `name`."""

@@ -12,7 +12,7 @@ from typing import assert_never
 from dora_convert.core.plan import CarriedFile, Document, WrittenFile
 from dora_convert.storage.oserrors import reading, writing
 
-__all__ = ["own_files", "write_documents"]
+__all__ = ["documents_size", "own_files", "write_documents"]
 
 # What tokenizers and processors of transformers save beside an adapter.
 _TOKENIZER = (
@@ -66,6 +66,18 @@ def write_documents(documents: Iterable[Document], folder: Path) -> None:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+def documents_size(documents: Iterable[Document]) -> int:
+    """Bytes that they will take."""
+    total = 0
+    for document in documents:
+        if isinstance(document, WrittenFile):
+            total += len(document.text.encode())
+        else:
+            with reading(document.source):
+                total += document.source.stat().st_size
+    return total
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -227,6 +227,7 @@ def test_carried_files(tmp_path: Path, save: Make, write: Make) -> None:
     save("in/model.safetensors")
     carried = [
         "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
         "LICENSE",
         "chat_template.jinja",
         "config.json",
@@ -264,7 +265,6 @@ def test_carried_files(tmp_path: Path, save: Make, write: Make) -> None:
         "openvino/x.xml",
         "original/params.json",
         "coreml/x/Manifest.json",
-        "2_Dense/model.safetensors",
     ]
     for file in carried + left:
         write("in/" + file, "{}")
