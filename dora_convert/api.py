@@ -179,7 +179,9 @@ def merge(
             seconds |= {"merge": times.merge, "sync": times.sync}
             if how.samples != 0:
                 checked = time.perf_counter()
-                verification = _verified(plan, staging.dir, samples=how.samples)
+                verification = _verified(
+                    plan, staging.dir, samples=how.samples, workers=_workers(how.workers)
+                )
                 seconds["verify"] = time.perf_counter() - checked
             staging.publish()
     seconds["total"] = time.perf_counter() - begun
@@ -211,7 +213,9 @@ def verify(
     from dora_convert.execution.verify import verify as recompute
 
     files = {name: merged.root / shard for name, shard in merged.shards.items()}
-    result = recompute(proposal.plan, files, samples=samples, tolerance=tolerance)
+    result = recompute(
+        proposal.plan, files, samples=samples, tolerance=tolerance, workers=_workers(None)
+    )
     known = {job.output.name for job in proposal.plan.jobs}
     extra = [f"{name}: not expected" for name in merged.tensors if name not in known]
     differences = (*result.differences, *extra)
@@ -258,11 +262,11 @@ def _checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> li
     return notes
 
 
-def _verified(plan: Plan, folder: Path, *, samples: int | None) -> Verification:
+def _verified(plan: Plan, folder: Path, *, samples: int | None, workers: int) -> Verification:
     from dora_convert.execution.verify import verify as recompute
 
     files = {spec.name: folder / shard.file for shard in plan.shards for spec in shard.specs}
-    result = recompute(plan, files, samples=samples)
+    result = recompute(plan, files, samples=samples, workers=workers)
     if result.differences:
         raise VerificationError(
             "the result is not what a recomputation gives; it was discarded",

@@ -6,20 +6,24 @@ import click
 
 from dora_convert import __version__
 from dora_convert.cli.boundary import guarded
+from dora_convert.cli.console import PROGRAM
 from dora_convert.cli.lazy import CommandGroup
+from dora_convert.cli.params import examples
 
 __all__ = ["cli", "main"]
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
+@click.group(
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "dora-convert inspect ./adapter",
+        "dora-convert merge ./adapter --base ./model --output ./merged",
+    ),
+)
+@click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
-    r"""Take a DoRA adapter from any trainer and make it run anywhere.
-
-    \b
-      dora-convert inspect ./adapter
-      dora-convert merge ./adapter --base ./model --output ./merged
-    """
+    """Take a DoRA adapter from any trainer and make it run anywhere."""
 
 
 def main() -> None:

@@ -2,113 +2,201 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import PurePath
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import click
 
 from dora_convert import __version__
+from dora_convert.cli.console import COMPLETE, PROGRAM, note, printable
 from dora_convert.errors import DoraConvertError
 
-__all__ = ["guarded"]
+__all__ = ["guarded", "run"]
 
 _SHOWN = 8
+_REPORT = "Please report this line, with the command and the versions of torch and safetensors."
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP arrived."""
+def guarded(command: click.Command) -> NoReturn:
+    """Run the command as a process: never a traceback, always the exit code that says what was."""
+    stop = _Stop()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # What is ignored already, as SIGHUP is under nohup, stays so.
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    asked = os.environ.get(COMPLETE)
+    if asked:
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(command, {}, PROGRAM, COMPLETE, asked))
+    sys.exit(run(command, sys.argv[1:]))
+
+
+def run(command: click.Command, args: Sequence[str]) -> int:  # noqa: PLR0911 - one for each end
+    """Run the command with these arguments; returns its exit code."""
+    try:
+        with _held_stdout(), command.make_context(PROGRAM, list(args)) as context:
+            command.invoke(context)
+    except DoraConvertError as error:
+        _show(error, args)
+        return error.exit_code
+    except click.ClickException as error:
+        _show_usage(error, args)
+        return error.exit_code
+    except click.exceptions.Exit as error:  # --help and --version end so
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _show_stop(signal.SIGINT, args)
+    except _Stopped as error:
+        return _show_stop(error.number, args)
+    except _StdoutError as error:
+        _tell(args, 5, f"the result cannot be written to standard output: {error}")
+        return 5
+    except Exception as error:
+        _show_bug(error, args)
+        return 1
+    return 0
+
+
+class _Stopped(BaseException):
+    """A signal asked this process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def guarded(command: click.Command) -> NoReturn:
-    """Run the command as a process: never a traceback, always the exit code that says what was."""
-    for number in (signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ())):
-        signal.signal(number, _terminate)
-    sys.exit(_run(command))
+class _Stop:
+    """The handler. A second signal, which comes while all is put away, does not disturb that."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        self._calls += 1
+        if self._calls != 2:
+            raise _Stopped(number)
 
 
-def _run(command: click.Command) -> int:  # noqa: PLR0911 - one return for each way to end
-    try:
-        command.main(standalone_mode=False)
-        sys.stdout.flush()
-    except DoraConvertError as error:
-        _show(error)
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _say("Interrupted. Nothing was left behind; the same command starts again.")
-        return 130
-    except _Terminated as error:
-        _say("Stopped. Nothing was left behind; the same command starts again.")
-        return 128 + error.number
-    except BrokenPipeError:
-        # The reader of a pipe left: nothing more to say to it, nor to complain of.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        _show_bug(error)
-        return 1
-    return 0
+class _StdoutError(Exception):
+    """Standard output does not take the result."""
 
 
-def _terminate(number: int, _: FrameType | None) -> NoReturn:
-    raise _Terminated(number)
+class _Held(io.TextIOWrapper):
+    """Memory that says of itself what the stream says that will get it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(io.BytesIO(), encoding=stream.encoding, errors="backslashreplace")
+        self._is_terminal = stream.isatty()
+
+    def isatty(self) -> bool:
+        """Whether it ends up on a terminal."""
+        return self._is_terminal
 
 
-def _show(error: DoraConvertError) -> None:
-    if _wants_json():
-        _say(
-            json.dumps(
-                {
-                    "schema": "dora-convert/error/1",
-                    "exit_code": error.exit_code,
-                    "error": error.what,
-                    "where": list(error.where),
-                    "problems": list(error.problems),
-                    "hint": error.hint,
-                },
-                ensure_ascii=False,
-            )
-        )
+@contextmanager
+def _held_stdout() -> Iterator[None]:
+    """Keep what is printed until the end: a failure prints nothing, and writing has one place."""
+    stream = sys.stdout
+    if stream is None:  # closed by the caller
+        yield
         return
-    lines = [f"Error: {error.what}"]
-    lines += [f"  {line}" for line in error.where]
-    shown = error.problems if "--verbose" in sys.argv else error.problems[:_SHOWN]
-    lines += [f"    {problem}" for problem in shown]
-    if len(error.problems) > len(shown):
-        lines.append(f"    ... {len(error.problems) - len(shown)} more (--verbose shows all)")
-    if error.hint:
-        lines.append(f"Hint: {error.hint}")
-    _say("\n".join(lines))
+    held = _Held(stream)
+    try:
+        with redirect_stdout(held):
+            yield
+    except click.exceptions.Exit:
+        _write(stream, held)
+        raise
+    _write(stream, held)
 
 
-def _show_bug(error: Exception) -> None:
+def _write(stream: TextIO, held: _Held) -> None:
+    held.seek(0)  # flushes
+    try:
+        stream.buffer.write(held.buffer.read())
+        stream.flush()
+    except OSError as error:
+        # What the stream still holds would be tried again, and complained of, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # A reader that left early, such as `head`, has all that it wants.
+        if not isinstance(error, BrokenPipeError):
+            raise _StdoutError(os.strerror(error.errno or 0).lower()) from error
+
+
+def _tell(
+    args: Sequence[str],
+    code: int,
+    what: str,
+    *,
+    where: Sequence[str] = (),
+    problems: Sequence[str] = (),
+    hint: str = "",
+) -> None:
+    """Write a failure to stderr, as text or as one JSON object."""
+    # Looked for by hand: the options are not known yet where reading them is what failed.
+    if "--json" in args:
+        body = {
+            "schema": "dora-convert/error/1",
+            "exit_code": code,
+            "error": what,
+            "where": list(where),
+            "problems": list(problems),
+            "hint": hint,
+        }
+        note(json.dumps(body))
+        return
+    shown = problems if "--verbose" in args else problems[:_SHOWN]
+    lines = [f"Error: {printable(what)}"]
+    lines += [f"  {printable(line)}" for line in where]
+    lines += [f"    {printable(problem)}" for problem in shown]
+    if len(problems) > len(shown):
+        lines.append(f"    ... {len(problems) - len(shown)} more (--verbose shows all)")
+    if hint:
+        lines.append(f"Hint: {printable(hint)}")
+    note("\n".join(lines))
+
+
+def _show(error: DoraConvertError, args: Sequence[str]) -> None:
+    where, problems, hint = error.where, error.problems, error.hint
+    _tell(args, error.exit_code, error.what, where=where, problems=problems, hint=hint)
+
+
+def _show_usage(error: click.ClickException, args: Sequence[str]) -> None:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else PROGRAM
+    if "--json" in args:
+        _tell(args, error.exit_code, error.format_message(), hint=f"{path} --help")
+    else:
+        with suppress(OSError):
+            error.show()
+
+
+def _show_stop(number: int, args: Sequence[str]) -> int:
+    name = "Interrupted" if number == signal.SIGINT else "Stopped"
+    what = f"{name}. No half-written output is left; the same command starts again."
+    code = 128 + number
+    if "--json" in args:
+        _tell(args, code, what)
+    else:
+        note(what)
+    return code
+
+
+def _show_bug(error: Exception, args: Sequence[str]) -> None:
     frames = traceback.extract_tb(error.__traceback__)
-    place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "?"  # noqa: PTH119
-    _say(
-        f"Error: a bug in dora-convert {__version__}: {type(error).__name__}: {error} ({place})\n"
-        "Hint: please report this line, with the command and the versions of torch and safetensors."
-    )
-    if "--verbose" in sys.argv:
-        _say("".join(traceback.format_exception(error)))
-
-
-def _wants_json() -> bool:
-    # The options are not parsed yet when parsing fails, or another error comes first.
-    return "--json" in sys.argv
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
+    place = f"{PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+    what = f"a bug in dora-convert {__version__}: {type(error).__name__}: {error} ({place})"
+    _tell(args, 1, what, hint=_REPORT)
+    if "--verbose" in args and "--json" not in args:
+        note("".join(traceback.format_exception(error)))

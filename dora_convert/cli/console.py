@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_convert.core.adapter import MagnitudeAxis
-
 if TYPE_CHECKING:
-    from dora_convert.api import ReadOptions
     from dora_convert.core.protocols import Listener
 
-__all__ = ["note", "progress", "reading_options", "show_json", "size"]
+__all__ = ["COMPLETE", "PROGRAM", "note", "printable", "progress", "show_json", "size"]
+
+PROGRAM = "dora-convert"
+COMPLETE = "_DORA_CONVERT_COMPLETE"  # set by the completion script when it asks
 
 
 def note(text: str) -> None:
-    """A line for people, beside the result."""
-    click.echo(text, err=True)
+    """A line for people, beside the result; where nobody can read it, work goes on."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+def printable(text: str) -> str:
+    """Foreign text with its control characters escaped, so that it cannot steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def show_json(kind: str, value: Any) -> None:
-    """A report as one JSON object that names its schema."""
-    body = {"schema": f"dora-convert/{kind}/1", **dataclasses.asdict(value)}
-    click.echo(json.dumps(body, indent=2, ensure_ascii=False))
+    """A report as one JSON object that names its schema; a number that is none becomes null."""
+    body = {"schema": f"dora-convert/{kind}/1", **_strict(dataclasses.asdict(value))}
+    # In ASCII, since stdout may have any encoding.
+    click.echo(json.dumps(body, indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(nbytes: float) -> str:
@@ -39,14 +57,6 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
-
-
-def reading_options(axis: str | None, **others: Any) -> ReadOptions:
-    """The shared options as the api takes them."""
-    from dora_convert.api import ReadOptions
-
-    others.pop("verbose")
-    return ReadOptions(axis=MagnitudeAxis(axis) if axis else None, **others)
 
 
 class _Lines:
@@ -83,7 +93,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Listener]:
         from dora_convert.api import Silent
 
         yield Silent()
-    elif not sys.stderr.isatty():
+    elif sys.stderr is None or not sys.stderr.isatty():
         yield _Lines()
     else:
         from functools import partial

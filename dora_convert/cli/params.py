@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dora_convert.core.adapter import MagnitudeAxis
 from dora_convert.core.tensors import DType
 
-__all__ = ["DTYPE", "SIZE", "base_option", "json_option", "read_options"]
+if TYPE_CHECKING:
+    from dora_convert.api import ReadOptions
+
+__all__ = [
+    "PATH",
+    "base_option",
+    "dtype_option",
+    "examples",
+    "json_option",
+    "nbytes",
+    "not_negative",
+    "number",
+    "read_options",
+    "reading_options",
+    "workers_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,82 +43,128 @@ _DTYPES = {
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-class _Size(click.ParamType[int]):
-    """Bytes: `5GB`, `500MB`, `2GiB`, or a plain number."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes; decimal units as everywhere in the field, binary ones with an i."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
-        if found is None:
-            self.fail(f"{value!r} is no size; write 5GB, 500MB or a number of bytes", param, ctx)
-        number, unit, binary = found[1], found[2].upper(), found[3]
-        step = 1024 ** ("KMGT".index(unit) + 1) if binary and unit else _UNITS[unit]
-        size = int(float(number) * step)
-        if size < 1:
-            self.fail("a shard needs at least one byte", param, ctx)
-        return size
+def nbytes(value: str) -> int:
+    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number; units are decimal but for the `i`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size; write 5GB, 500MB or a number of bytes")
+    number, unit, binary = found[1], found[2].upper(), found[3]
+    step = 1024 ** ("KMGT".index(unit) + 1) if binary and unit else _UNITS[unit]
+    size = int(float(number) * step)
+    if size < 1:
+        raise click.BadParameter("a shard needs at least one byte")
+    return size
 
 
-class _DTypeName(click.Choice[str]):
-    """Element type of plain floats."""
+def number(value: str | float) -> float:
+    """A finite number: click's own type takes NaN and infinity too."""
+    try:
+        parsed = float(value)
+    except ValueError:
+        parsed = math.nan
+    if not math.isfinite(parsed):
+        raise click.BadParameter(f"{value!r} is no finite number")
+    return parsed
 
-    def __init__(self) -> None:
-        super().__init__(list(_DTYPES), case_sensitive=False)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The DType of a name."""
-        return value if isinstance(value, DType) else _DTYPES[super().convert(value, param, ctx)]
+def not_negative(value: str | float) -> float:
+    """A finite number of at least 0."""
+    parsed = number(value)
+    if parsed < 0:
+        raise click.BadParameter(f"{value!r} is less than 0")
+    return parsed
 
 
-SIZE = _Size()
-DTYPE = _DTypeName()
+def _dtype(_: click.Context, __: click.Parameter, value: str | None) -> DType | None:
+    return None if value is None else _DTYPES[value]
+
+
+PATH = click.Path(path_type=Path)
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES), case_sensitive=False),
+    callback=_dtype,
+    metavar="TYPE",
+    help="Write all weights as bfloat16, float16 or float32 (bf16, fp16, fp32); by default as in "
+    "the base.",
+)
 
 base_option = click.option(
     "-b",
     "--base",
-    type=click.Path(path_type=Path),
-    help="The base model's folder (default: the one that the adapter names, if it is a folder).",
+    type=PATH,
+    metavar="MODEL",
+    help="Folder of the base model; by default the one that the adapter names.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object; errors too, on stderr."
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads; by default one a core."
+)
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def read_options(command: F) -> F:
     """How adapter and base are read; the command takes them as `**reading`."""
     options = [
         click.option(
-            "--include", multiple=True, metavar="GLOB", help="Only modules whose path matches."
+            "--include",
+            multiple=True,
+            metavar="GLOB",
+            help="Use only the modules whose path matches, as '*.q_proj'. Can be repeated.",
         ),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these modules out."),
         click.option(
-            "--ignore", multiple=True, metavar="GLOB", help="Leave out these adapter tensors."
+            "--exclude",
+            multiple=True,
+            metavar="GLOB",
+            help="Leave out the modules whose path matches. Can be repeated.",
+        ),
+        click.option(
+            "--ignore",
+            multiple=True,
+            metavar="GLOB",
+            help="Leave out the adapter's tensors whose name matches. Can be repeated.",
         ),
         click.option(
             "--axis",
             type=click.Choice([axis.value for axis in MagnitudeAxis]),
-            help="What a magnitude belongs to, where the file does not tell.",
+            help="What magnitudes belong to, outputs or inputs, where the files do not tell.",
         ),
         click.option(
             "--transposed",
             multiple=True,
             metavar="GLOB",
-            help="Modules whose weight is stored [in, out].",
+            help="Modules whose weight is stored [in, out]. Can be repeated.",
         ),
         click.option(
             "--scale",
-            type=float,
+            type=number,
+            metavar="NUMBER",
             default=1.0,
             show_default=True,
-            help="Multiplies the update inside the norm (PEFT's set_scale).",
+            help="Multiply the update, inside the norm as PEFT's set_scale does.",
         ),
         click.option(
-            "--allow-pickle", is_flag=True, help="Read .bin files too (weights_only, no code runs)."
+            "--allow-pickle",
+            is_flag=True,
+            help="Read .bin and .pt files too; nothing in them is run.",
         ),
         click.option("--verbose", is_flag=True, help="Show every problem, and where a bug is."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def reading_options(axis: str | None, **others: Any) -> ReadOptions:
+    """The options of `read_options` as the api takes them."""
+    from dora_convert.api import ReadOptions
+
+    others.pop("verbose")
+    return ReadOptions(axis=MagnitudeAxis(axis) if axis else None, **others)

@@ -1,70 +1,117 @@
-"""Reports as tables for a terminal."""
+"""Reports as text: a few lines, and columns that are as wide as they must be."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-from rich.table import Table
+import click
 
-from dora_convert.cli.console import size
+from dora_convert.cli.console import printable, size
 from dora_convert.core.reports import Figures, Group, Inspection
 
-__all__ = ["show_inspection"]
+__all__ = ["columns", "show_inspection"]
+
+_GAP = "  "
+_LEAST = 22  # of a name on a narrow terminal: `...31.self_attn.q_proj` still tells the layer
+
+_LEGEND = """\
+update     |V - W| / |W|, V = W + scaling B A: the low-rank part, beside the base
+effect     |W' - W| / |W|, W' = m V / |V|: all that the merge does
+magnitude  mean |m - |W|| / mean |W| over the rows (the paper's delta M, made relative)
+direction  mean of 1 - cos(V, W) over the rows (the paper's delta D)
+spread     standard deviation of log(m / |W|): small where m sits on the base's norms
+rounding   |Q(W') - W'| / |W' - W|: noise that rounding Q to {dtype} adds to the effect
+kept       share of the effect that is still there after rounding"""
 
 
 def show_inspection(report: Inspection) -> None:
     """The adapter in a few lines, its groups in a table, and with a base their figures."""
-    # Piped output is for grep: do not fold it at 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    print_line = console.out
-    print_line(f"adapter    {report.adapter}")
-    print_line(f"format     {report.format}, {report.kind}")
-    print_line(f"trained on {report.base_model or 'not said'}")
-    print_line(f"modules    {report.modules}, {size(report.nbytes)}")
+    for label, text in _facts(report):
+        click.echo(f"{label:10} {printable(text)}")
+    if report.groups:
+        click.echo()
+        _echo_table(*_groups(report.groups))
+    if report.total is not None:
+        click.echo()
+        _echo_table(*_figures(report.groups, report.total))
+        click.echo()
+        click.echo(_LEGEND.format(dtype=report.total.stored_as))
+
+
+def columns(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int | None = None
+) -> Iterator[str]:
+    """Lines of a table. The first `left` columns are flush left, the others flush right.
+
+    Where `width` is too little, the first column loses the beginning of its texts: of a module's
+    path the end tells more.
+    """
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    if width is not None:
+        others = sum(widths[1:]) + len(_GAP) * (len(widths) - 1)
+        widths[0] = min(widths[0], max(width - others, _LEAST))
+    for row in (titles, *rows):
+        cells = [_fitted(row[0], widths[0]), *row[1:]]
+        padded = [
+            cell.ljust(wide) if i < left else cell.rjust(wide)
+            for i, (cell, wide) in enumerate(zip(cells, widths, strict=True))
+        ]
+        yield _GAP.join(padded).rstrip()
+
+
+def _fitted(text: str, width: int) -> str:
+    return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
+
+
+def _echo_table(titles: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
+    # Not shortened in a pipe: it is for grep there.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = columns(titles, rows, left=left, width=width)
+    click.secho(next(lines), bold=True)
+    for line in lines:
+        click.echo(line)
+
+
+def _facts(report: Inspection) -> Iterator[tuple[str, str]]:
+    yield "adapter", report.adapter
+    yield "format", f"{report.format}, {report.kind}"
+    yield "trained on", report.base_model or "(the adapter does not say)"
+    if report.base is not None:
+        yield "base", f"{report.base} (fits)"
+    yield "modules", f"{report.modules}, {size(report.nbytes)}"
     if report.replaced:
         shown = ", ".join(report.replaced[:4]) + (" ..." if len(report.replaced) > 4 else "")
-        print_line(f"replaced   {len(report.replaced)} tensors trained whole: {shown}")
+        yield "replaced", f"{len(report.replaced)} tensors trained whole: {shown}"
     if report.token_rows:
-        print_line(f"tokens     {report.token_rows} rows trained whole")
-    console.print(_groups(report.groups))
-    if report.total is not None:
-        print_line(f"against    {report.base}: fits")
-        console.print(_figures(report.groups, report.total))
+        yield "tokens", f"{report.token_rows} rows of the embedding trained whole"
 
 
-def _groups(groups: Iterable[Group]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("group")
-    table.add_column("modules", justify="right")
-    for title in ("kind", "rank", "scaling", "axis", "out x in", "dtype"):
-        table.add_column(title)
-    table.add_column("size", justify="right")
-    for g in groups:
-        table.add_row(
-            g.name,
-            str(g.modules),
+def _groups(groups: Sequence[Group]) -> tuple[Sequence[str], list[list[str]], int]:
+    titles = ("group", "kind", "axis", "dtype", "out x in", "rank", "scaling", "modules", "size")
+    rows = [
+        [
+            printable(g.name),
             ", ".join(g.kinds),
+            ", ".join(g.axes),
+            ", ".join(g.dtypes),
+            _shapes(g.shapes),
             _range(g.ranks),
             _range(g.scalings),
-            ", ".join(g.axes),
-            _shapes(g.shapes),
-            ", ".join(g.dtypes),
+            str(g.modules),
             size(g.nbytes),
-        )
-    return table
+        ]
+        for g in groups
+    ]
+    return titles, rows, 5
 
 
-def _figures(groups: Iterable[Group], total: Figures) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("group")
-    titles = ("|sBA|/|W|", "|W'-W|/|W|", "dM", "dD", "m/|W| spread", "rounding loss", "kept")
-    for title in titles:
-        table.add_column(title, justify="right")
-    rows = [(g.name, g.figures) for g in groups if g.figures is not None]
-    for name, f in (*rows, ("all", total)):
-        table.add_row(
+def _figures(groups: Sequence[Group], total: Figures) -> tuple[Sequence[str], list[list[str]], int]:
+    titles = ("group", "update", "effect", "magnitude", "direction", "spread", "rounding", "kept")
+    named = [(printable(g.name), g.figures) for g in groups if g.figures is not None]
+    rows = [
+        [
             name,
             f"{f.update:.2%}",
             f"{f.effect:.2%}",
@@ -73,10 +120,10 @@ def _figures(groups: Iterable[Group], total: Figures) -> Table:
             f"{f.magnitude_spread:.2%}",
             f"{f.rounding_loss:.2%}",
             f"{f.kept:.1%}",
-        )
-    table.caption = f"rounding to {total.stored_as}; dM and dD as in the paper, dM relative to |W|"
-    table.caption_justify = "left"
-    return table
+        ]
+        for name, f in (*named, ("all", total))
+    ]
+    return titles, rows, 1
 
 
 def _range(values: tuple[float, ...]) -> str:

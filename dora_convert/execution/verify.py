@@ -7,6 +7,7 @@ Only the plan is shared: what was to be done, not how.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,11 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis
 from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Pickled, TensorRef, Transposed
+from dora_convert.execution.threads import in_threads
 
 __all__ = ["verify"]
 
-_BLOCK = 16 << 20  # elements of one block, whatever the tensor
+_BLOCK = 1 << 20  # elements of one block, whatever the tensor
 
 
 @dataclass(slots=True)
@@ -37,6 +39,13 @@ class _Tally:
     kept: float = 0.0
     differences: list[str] = field(default_factory=list)
 
+    def add(self, other: _Tally) -> None:
+        """Take over what another job found."""
+        self.modules |= other.modules
+        self.differences += other.differences
+        for name in ("rows", "compared", "elements", "off", "noise", "effect", "kept"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 def verify(
     plan: Plan,
@@ -44,32 +53,32 @@ def verify(
     *,
     samples: int | None,
     tolerance: float = 1.0,
+    workers: int = 1,
 ) -> Verification:
     """Compare the tensors in `files` (tensor name to safetensors file) with what they must be.
 
     `samples` rows of some modules and as many blocks of untouched tensors are looked at; None
     looks at everything. `tolerance` is in units of the last place of the output's type.
     """
-    tally = _Tally()
     merges = [job for job in plan.jobs if isinstance(job.op, Merge)]
     chosen = {job.output.name for job in _some(merges, samples)}
-    for job in plan.jobs:
+    tallies: dict[str, _Tally] = {}
+
+    def check(job: Job) -> None:
+        own = tallies[job.output.name] = _Tally()
         file = files.get(job.output.name)
         if file is None:
-            tally.differences.append(f"{job.output.name}: missing")
-            continue
-        with safe_open(str(file), framework="pt") as handle:
-            stored = handle.get_slice(job.output.name)
-            shape = tuple(stored.get_shape())
-            if shape != job.output.shape or stored.get_dtype() != job.output.dtype.label:
-                tally.differences.append(
-                    f"{job.output.name}: {stored.get_dtype()} {list(shape)}, expected "
-                    f"{job.output.dtype.label} {list(job.output.shape)}"
-                )
-            elif not isinstance(job.op, Merge):
-                _compare_plain(job, file, samples, tally)
+            own.differences.append(f"{job.output.name}: missing")
+        elif _has_layout(job, file, own):
+            if not isinstance(job.op, Merge):
+                _compare_plain(job, file, samples, own)
             elif job.output.name in chosen:
-                _compare_merge(job, job.op, file, samples, tolerance, tally)
+                _compare_merge(job, job.op, file, samples, tolerance, own)
+
+    in_threads(plan.jobs, check, workers)
+    tally = _Tally()
+    for job in plan.jobs:
+        tally.add(tallies[job.output.name])
     rounding = None
     if tally.elements and tally.effect:
         rounding = Rounding(
@@ -85,6 +94,20 @@ def verify(
         differences=tuple(tally.differences),
         rounding=rounding,
     )
+
+
+def _has_layout(job: Job, file: Path, tally: _Tally) -> bool:
+    """Whether the stored tensor has the type and the shape that were planned."""
+    with safe_open(str(file), framework="pt") as handle:
+        stored = handle.get_slice(job.output.name)
+        dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+    if (dtype, shape) == (job.output.dtype.label, job.output.shape):
+        return True
+    tally.differences.append(
+        f"{job.output.name}: {dtype} {list(shape)}, expected "
+        f"{job.output.dtype.label} {list(job.output.shape)}"
+    )
+    return False
 
 
 def _some(jobs: Sequence[Job], samples: int | None) -> Sequence[Job]:
@@ -105,12 +128,20 @@ def _rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
     return found.reshape(len(rows), -1)
 
 
+def _unpickled(source: Pickled) -> Tensor:
+    loaded: Mapping[str, Tensor] = torch.load(
+        source.file,
+        weights_only=True,
+        map_location="cpu",
+        # Old files are no zip archives and cannot be mapped.
+        mmap=zipfile.is_zipfile(source.file),
+    )
+    return loaded[source.key].detach()
+
+
 def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
     if isinstance(ref.source, Pickled):
-        loaded: Mapping[str, Tensor] = torch.load(
-            ref.source.file, weights_only=True, map_location="cpu"
-        )
-        whole = loaded[ref.source.key].detach()
+        whole = _unpickled(ref.source)
         return whole.reshape(ref.spec.shape[0], -1)[list(rows)]
     return _rows_of(ref.source.file, ref.stored.name, rows)
 
@@ -118,11 +149,11 @@ def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
 def _whole(ref: TensorRef) -> Tensor:
     """A small tensor in float64, its view applied."""
     if isinstance(ref.source, Pickled):
-        tensor = torch.load(ref.source.file, weights_only=True, map_location="cpu")[ref.source.key]
+        tensor = _unpickled(ref.source)
     else:
         with safe_open(str(ref.source.file), framework="pt") as handle:
             tensor = handle.get_tensor(ref.stored.name)
-    result: Tensor = tensor.detach().double()
+    result: Tensor = tensor.double()
     for step in ref.view:
         result = result.T if isinstance(step, Transposed) else result.reshape(step.shape)
     return result

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
+
+from dora_convert.cli.console import COMPLETE, PROGRAM
+from dora_convert.cli.params import examples
 
 __all__ = ["COMMAND"]
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        'eval "$(dora-convert completion bash)"',
+        'eval "$(dora-convert completion zsh)"',
+        "dora-convert completion fish | source",
+    )
+)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    r"""Print a completion script for SHELL.
+    """Print a completion script for SHELL.
 
-    \b
-      eval "$(dora-convert completion bash)"
+    The line below that is for your shell, put into its startup file, turns completion on.
     """
+    from click.shell_completion import get_completion_class
+
     found = get_completion_class(shell)
     assert found is not None, shell
-    script = found(ctx.find_root().command, {}, "dora-convert", "_DORA_CONVERT_COMPLETE")
+    script = found(ctx.find_root().command, {}, PROGRAM, COMPLETE)
     click.echo(script.source())
 
 

@@ -7,17 +7,30 @@ from typing import Any
 
 import click
 
-from dora_convert.cli.console import note, reading_options, show_json
-from dora_convert.cli.params import base_option, json_option, read_options
+from dora_convert.cli.console import note, printable, show_json
+from dora_convert.cli.params import (
+    PATH,
+    base_option,
+    examples,
+    json_option,
+    read_options,
+    reading_options,
+    workers_option,
+)
 
 __all__ = ["COMMAND"]
 
 
-@click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.command(
+    epilog=examples(
+        "dora-convert inspect ./adapter",
+        "dora-convert inspect ./adapter --base ./model --per-module",
+    )
+)
+@click.argument("adapter", type=PATH)
 @base_option
-@click.option("--per-module", is_flag=True, help="A row for each module instead of each group.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads (default: one a core).")
+@click.option("--per-module", is_flag=True, help="Show each module instead of each kind of module.")
+@workers_option
 @json_option
 @read_options
 def inspect(
@@ -29,13 +42,10 @@ def inspect(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    r"""Show what an adapter is and, with a base, whether it fits and what it does.
+    """Show what an adapter is and, with --base, what it does.
 
-    Without --base only headers are read.
-
-    \b
-      dora-convert inspect ./adapter
-      dora-convert inspect ./adapter --base ./model --per-module
+    With --base it is checked that the adapter fits, and measured how far it moves the weights.
+    Without, only the headers of the adapter are read.
     """
     from dora_convert import api
 
@@ -50,7 +60,7 @@ def inspect(
 
     show_inspection(report)
     for text in report.notes:
-        note(f"Note: {text}")
+        note(f"Note: {printable(text)}")
 
 
 COMMAND = inspect

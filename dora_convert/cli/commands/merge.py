@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_convert.cli.console import note, progress, reading_options, show_json, size
-from dora_convert.cli.params import DTYPE, SIZE, base_option, json_option, read_options
+from dora_convert.cli.console import note, printable, progress, show_json, size
+from dora_convert.cli.params import (
+    PATH,
+    base_option,
+    dtype_option,
+    examples,
+    json_option,
+    nbytes,
+    read_options,
+    reading_options,
+    workers_option,
+)
 
 if TYPE_CHECKING:
     from dora_convert.core.reports import MergeReport
@@ -19,23 +30,29 @@ __all__ = ["COMMAND"]
 _SAMPLES = {"sample": 16, "all": None, "none": 0}
 
 
-@click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="A new folder."
+@click.command(
+    epilog=examples(
+        "dora-convert merge ./adapter --base ./model --output ./merged",
+        "dora-convert merge ./adapter -b ./model -o ./merged --max-shard-size 5GB",
+    )
 )
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to write; a new one.")
 @base_option
-@click.option("--dtype", type=DTYPE, help="Type of all plain floats (default: as in the base).")
+@dtype_option
 @click.option(
-    "--max-shard-size", type=SIZE, metavar="SIZE", help="Such as 5GB (default: the base's shards)."
+    "--max-shard-size",
+    type=nbytes,
+    metavar="SIZE",
+    help="Write files of at most SIZE, such as 5GB; by default as in the base.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Threads (default: one a core).")
+@workers_option
 @click.option(
     "--zero-rows",
     type=click.Choice(["error", "keep"]),
     default="error",
     show_default=True,
-    help="Rows that are zero in the base though they have a magnitude.",
+    help="Refuse rows that are zero though they have a magnitude, or keep them zero.",
 )
 @click.option(
     "--verify",
@@ -43,11 +60,11 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
     type=click.Choice(list(_SAMPLES)),
     default="sample",
     show_default=True,
-    help="How much of the result is recomputed before it appears.",
+    help="Recompute so much of the result before it appears.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Check everything, write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary.")
 @json_option
 @read_options
 def merge(
@@ -66,13 +83,9 @@ def merge(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    r"""Merge an adapter into its base model.
+    """Merge an adapter into its base model.
 
-    OUTPUT appears complete, or not at all. Its path is printed when it is done.
-
-    \b
-      dora-convert merge ./adapter --base ./model --output ./merged
-      dora-convert merge ./adapter -b ./model -o ./merged --dtype bf16 --max-shard-size 5GB
+    The output folder appears complete, or not at all. Its path is printed when it is done.
     """
     from dora_convert import api
 
@@ -92,11 +105,11 @@ def merge(
         show_json("merge", report)
         return
     for text in report.notes:
-        note(f"Note: {text}")
+        note(f"Note: {printable(text)}")
     if not quiet:
         _summary(report, dry_run=dry_run)
     if not dry_run:
-        click.echo(report.output)
+        click.echo(os.fsencode(report.output))  # as it is, whatever the encoding
 
 
 def _summary(report: MergeReport, *, dry_run: bool) -> None:
@@ -106,7 +119,7 @@ def _summary(report: MergeReport, *, dry_run: bool) -> None:
         f"{size(report.nbytes)} in {report.shards} shard{'s' * (report.shards != 1)}"
     )
     if dry_run:
-        note(f"files: {', '.join(report.files)}")
+        note(f"files: {printable(', '.join(report.files))}")
         return
     took = report.seconds["merge"]
     rate = f", {size(report.nbytes / took)}/s" if took else ""

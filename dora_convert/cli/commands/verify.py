@@ -7,30 +7,45 @@ from typing import Any
 
 import click
 
-from dora_convert.cli.console import reading_options, show_json, size
-from dora_convert.cli.params import base_option, json_option, read_options
+from dora_convert.cli.console import show_json, size
+from dora_convert.cli.params import (
+    PATH,
+    base_option,
+    examples,
+    json_option,
+    not_negative,
+    read_options,
+    reading_options,
+)
 
 __all__ = ["COMMAND"]
 
 
-@click.command()
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("-a", "--adapter", type=click.Path(path_type=Path), required=True)
+@click.command(
+    epilog=examples(
+        "dora-convert verify ./merged --adapter ./adapter --base ./model",
+        "dora-convert verify ./merged --adapter ./adapter --base ./model --all",
+    )
+)
+@click.argument("output", type=PATH)
+@click.option("-a", "--adapter", type=PATH, required=True, help="The adapter that was merged.")
 @base_option
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
+    metavar="N",
     default=64,
     show_default=True,
-    help="Modules recomputed, and rows of each.",
+    help="Recompute N rows of each of N modules, and compare N rows of every other tensor.",
 )
 @click.option("--all", "everything", is_flag=True, help="Recompute every row of every tensor.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=not_negative,
+    metavar="NUMBER",
     default=1.0,
     show_default=True,
-    help="Allowed difference, in units of the last place.",
+    help="Allow a difference of so many units in the last place.",
 )
 @json_option
 @read_options
@@ -45,10 +60,10 @@ def verify(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    r"""Recompute a merged checkpoint in float64 and compare.
+    """Recompute a merged checkpoint in float64 and compare.
 
-    \b
-      dora-convert verify ./merged --adapter ./adapter --base ./model --all
+    OUTPUT is what merge wrote. Pass --scale, --include, --exclude, --ignore, --axis and
+    --transposed as they were then.
     """
     from dora_convert import api
 

@@ -1,0 +1,58 @@
+"""A plain LoRA to be made: how large, for whom, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LoraModule", "LoraReport", "RankChoice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankChoice:
+    """How ranks are chosen; exactly one of the four is set.
+
+    `rank`: the same for all modules. `energy`: the least rank that keeps this share of ||T||².
+    `max_residual`: the least rank whose relative residual is no larger. `budget`: bytes for all
+    modules together. `ceiling` bounds the last three.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_residual: float | None = None
+    budget: int | None = None
+    ceiling: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One module: residuals are ||T - BA|| / ||T||, Frobenius.
+
+    `without_magnitude`: what the trained factors alone, the magnitude dropped, would leave.
+    `energies`: the least ranks that keep 90, 95 and 99 % of ||T||², None where more than was
+    computed. `update`: ||T||, for pooling.
+    """
+
+    path: str
+    rank: int
+    residual: float
+    without_magnitude: float
+    energies: tuple[int | None, int | None, int | None]
+    update: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraReport:
+    """A finished conversion. `rank` is the stored one, to which smaller ones are padded."""
+
+    output: str
+    adapter: str
+    base: str
+    stack: str
+    rank: int
+    nbytes: int
+    residual: float
+    without_magnitude: float
+    modules: tuple[LoraModule, ...]
+    notes: tuple[str, ...]
+    advice: str
+    seconds: dict[str, float]

@@ -1,0 +1,140 @@
+"""The effective update of one module, `T = W' - W`, as an operator over streamed row blocks.
+
+With `D = scaling * up @ down` and `c = m / ||V||`, T is `diag(c) D + diag(c - 1) W` for axis OUT,
+`D diag(c) + W diag(c - 1)` for axis IN. It has full rank in general and is never formed: a product
+needs W, read block by block, the factors, and c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dora_convert.core.adapter import MagnitudeAxis
+from dora_convert.core.plan import Piece
+from dora_convert.core.tensors import TensorRef
+from dora_convert.execution.kernels import BLOCK_BYTES, Buffers, Operands, work_dtype
+from dora_convert.maths.dora import RowFaults, column_factors, square_sums
+from dora_convert.storage.reader import Reader, RowBlocks
+
+__all__ = ["Update", "open_update"]
+
+
+@dataclass(slots=True)
+class Update:
+    """See the module. `square` is ||T||², `by_magnitude` ||T - D||²: what D alone would miss."""
+
+    base: TensorRef
+    piece: Piece
+    operands: Operands
+    buffers: Buffers
+    blocks: RowBlocks
+    dtype: torch.dtype
+    by_row: bool
+    factor: Tensor  # c, [out] or [in]
+    excess: Tensor  # c - 1, taken in float64
+    square: float = 0.0
+    by_magnitude: float = 0.0
+    faults: RowFaults = field(default_factory=RowFaults)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)` of the stored weight's part that the module covers."""
+        return self.piece.stop - self.piece.start, self.base.spec.shape[1]
+
+    def times(self, x: Tensor) -> Tensor:
+        """`T @ x`."""
+        x = x.to(self.dtype)
+        inner = x if self.by_row else self.excess.unsqueeze(1) * x
+        result = torch.empty((self.shape[0], x.shape[1]), dtype=self.dtype)
+        for start, stop, weight in self._rows():
+            torch.matmul(weight, inner, out=result[start:stop])
+        if self.by_row:
+            result *= self.excess.unsqueeze(1)
+        if self.operands.up is not None and self.operands.down is not None:
+            scaled = x if self.by_row else self.factor.unsqueeze(1) * x
+            update = self.operands.up @ (self.operands.down @ scaled)
+            result += self.factor.unsqueeze(1) * update if self.by_row else update
+        return result
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        """`T.T @ y`."""
+        y = y.to(self.dtype)
+        outer = self.excess.unsqueeze(1) * y if self.by_row else y
+        result = torch.zeros((self.shape[1], y.shape[1]), dtype=self.dtype)
+        for start, stop, weight in self._rows():
+            result.addmm_(weight.T, outer[start:stop])
+        if not self.by_row:
+            result *= self.excess.unsqueeze(1)
+        if self.operands.up is not None and self.operands.down is not None:
+            scaled = self.factor.unsqueeze(1) * y if self.by_row else y
+            update = self.operands.down.T @ (self.operands.up.T @ scaled)
+            result += update if self.by_row else self.factor.unsqueeze(1) * update
+        return result
+
+    def _rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of W in the working type, numbered from the module's first row."""
+        rows, columns = self.shape
+        row_bytes = self.base.spec.nbytes // self.base.spec.shape[0]
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            raw = self.buffers.take("raw", row_bytes * (stop - start))
+            work = self.buffers.matrix("work", stop - start, columns, self.dtype)
+            first = self.piece.start
+            work.copy_(self.blocks.read(first + start, first + stop, raw))
+            yield start, stop, work
+
+    def directions(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Blocks of V and of D."""
+        for start, stop, work in self._rows():
+            update = torch.zeros_like(work)
+            if self.operands.up is not None and self.operands.down is not None:
+                torch.matmul(self.operands.up[start:stop], self.operands.down, out=update)
+            yield start, stop, work.add_(update), update
+
+
+@contextmanager
+def open_update(
+    base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
+) -> Iterator[Update]:
+    """Read the factors, and the weight once (twice for axis IN) for c and the two norms."""
+    dtype = work_dtype(base.spec.dtype)
+    operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
+    by_row = piece.module.axis is MagnitudeAxis.OUT
+    length = piece.stop - piece.start if by_row else base.spec.shape[1]
+    ones = torch.ones(length, dtype=dtype)
+    with reader.rows(base) as blocks:
+        update = Update(
+            base, piece, operands, buffers, blocks, dtype, by_row, ones, torch.zeros_like(ones)
+        )
+        if operands.magnitude is not None:
+            _set_factors(update, operands.magnitude)
+        _set_norms(update)
+        yield update
+
+
+def _set_factors(update: Update, magnitude: Tensor) -> None:
+    if update.by_row:
+        squares = torch.cat([v.double().square().sum(dim=1) for _, _, v, _ in update.directions()])
+    else:
+        squares = torch.zeros(update.shape[1], dtype=torch.float64)
+        for _, _, direction, _ in update.directions():
+            squares += square_sums(direction)
+    factor, update.faults = column_factors(magnitude, squares)
+    update.factor = factor.to(update.dtype)
+    update.excess = (factor - 1).to(update.dtype)
+
+
+def _set_norms(update: Update) -> None:
+    for start, stop, direction, low_rank in update.directions():
+        span = slice(start, stop) if update.by_row else slice(None)
+        # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
+        block = direction.mul_(update.excess[span].unsqueeze(1 if update.by_row else 0))
+        update.by_magnitude += float(block.square().sum(dtype=torch.float64))
+        block += low_rank
+        update.square += float(block.square().sum(dtype=torch.float64))
