@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ import torch
 from measure import Measured, run
 
 MIB = 1 << 20
+SETTLE = 4  # seconds
 PHASES = ("plan", "merge", "sync", "verify")
 TORCH_ONLY = [sys.executable, "-c", "import time, torch; time.sleep(0.3)"]
 CP, CP_SYNC, PEFT, OURS = "cp -r", "cp -r, then sync", "PEFT", "dora-convert"
@@ -74,7 +76,12 @@ def measure(case: Case, commands: Mapping[str, Command], rounds: int) -> Runs:
 
 
 def prepare(case: Case) -> None:
-    """No output, no dirty pages of an earlier run, and the inputs in the page cache."""
+    """No output, no dirty pages of an earlier run, and the inputs in the page cache.
+
+    Then a pause: a virtual machine hands freed memory back to its host within two seconds, and
+    taking it again costs more than the copy. Without the pause a command that starts at once
+    would be spared what one that first imports torch has to pay.
+    """
     outputs = case.out.parent
     shutil.rmtree(outputs, ignore_errors=True)
     outputs.mkdir()
@@ -84,6 +91,7 @@ def prepare(case: Case) -> None:
             with path.open("rb", buffering=0) as file:
                 while file.read(16 * MIB):
                     pass
+    time.sleep(SETTLE)
 
 
 def say(text: str) -> None:
@@ -133,7 +141,9 @@ def comparison(runs: Runs, torch_only: int) -> str:
         + [f"{phases(result).get(phase, 0.0):.2f}" for phase in PHASES]
         for number, result in enumerate(runs[OURS], 1)
     ]
-    return table(head, rows) + "\n\n" + table(["dora-convert, s", "wall", *PHASES], ours)
+    merge = median(phases(result).get("merge", 0.0) for result in runs[OURS])
+    ratio = f"The merge phase alone takes {merge / middle[CP]:.2f} of cp (medians)."
+    return "\n\n".join((table(head, rows), table(["dora-convert, s", "wall", *PHASES], ours), ratio))
 
 
 def depths(by_layers: Mapping[int, Runs], sizes: Mapping[int, int], torch_only: int) -> str:

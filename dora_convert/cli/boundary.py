@@ -28,18 +28,26 @@ _REPORT = "Please report this line, with the command and the versions of torch a
 
 def guarded(command: click.Command) -> NoReturn:
     """Run the command as a process: never a traceback, always the exit code that says what was."""
-    stop = _Stop()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        # What is ignored already, as SIGHUP is under nohup, stays so.
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    _handle_signals(_Stop())
     asked = os.environ.get(COMPLETE)
     if asked:
         from click.shell_completion import shell_complete
 
         sys.exit(shell_complete(command, {}, PROGRAM, COMPLETE, asked))
-    sys.exit(run(command, sys.argv[1:]))
+    try:
+        code = run(command, sys.argv[1:])
+    except _Stopped as error:  # while it was said how the command ended
+        code = 128 + error.number
+    # Python gives signals back their default meaning, death, some time before it is gone.
+    _handle_signals(signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _handle_signals(handler: _Stop | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # What is ignored already, as SIGHUP is under nohup, stays so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def run(command: click.Command, args: Sequence[str]) -> int:  # noqa: PLR0911 - one for each end
@@ -158,7 +166,8 @@ def _tell(
         return
     shown = problems if "--verbose" in args else problems[:_SHOWN]
     lines = [f"Error: {printable(what)}"]
-    lines += [f"  {printable(line)}" for line in where]
+    # A path that the sentence ends with needs no line of its own.
+    lines += [f"  {printable(line)}" for line in where if not what.endswith(f" {line}")]
     lines += [f"    {printable(problem)}" for problem in shown]
     if len(problems) > len(shown):
         lines.append(f"    ... {len(problems) - len(shown)} more (--verbose shows all)")

@@ -67,7 +67,7 @@ class _Lines:
 
     def sealed(self, file: str) -> None:
         """See `Listener`."""
-        note(f"wrote {file}")
+        note(f"merged {file}")
 
 
 class _Bar:

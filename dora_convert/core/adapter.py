@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from dora_convert.core.tensors import TensorRef
 
-__all__ = ["Adapter", "DoraModule", "LowRank", "MagnitudeAxis", "TokenRows"]
+__all__ = ["Adapter", "DoraModule", "LayerKind", "LowRank", "MagnitudeAxis", "TokenRows"]
 
 
 class MagnitudeAxis(enum.Enum):
@@ -25,6 +25,14 @@ class MagnitudeAxis(enum.Enum):
     def flipped(self) -> MagnitudeAxis:
         """The same axis seen on the transposed weight."""
         return MagnitudeAxis.IN if self is MagnitudeAxis.OUT else MagnitudeAxis.OUT
+
+
+class LayerKind(enum.Enum):
+    """What kind of layer a module is; formats name and shape its factors accordingly."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONVOLUTION = "convolution"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class DoraModule:
     axis: MagnitudeAxis
     scaling: float
     weight: TensorRef | None = None
+    kind: LayerKind = LayerKind.LINEAR
 
     def transposed(self) -> DoraModule:
         """The same module for a weight that is stored `[in, out]`, as `weight` already is."""
@@ -70,10 +79,15 @@ class DoraModule:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Rows of an embedding that were trained whole and replace the base's (`[n, dim]`)."""
+    """Rows of an embedding that were trained whole and replace the base's (`[n, dim]`).
+
+    `weight` is the trainer's own copy of the whole embedding, where the file carries one: its
+    vocabulary may have been resized.
+    """
 
     indices: tuple[int, ...]
     rows: TensorRef
+    weight: TensorRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +96,8 @@ class Adapter:
 
     `modules` and `token_rows` are keyed by module path, `replaced` (tensors trained whole) by
     tensor path. `task` is the head that the trainer put on (PEFT's task_type). `keeps_ties`:
-    replaced input and output embeddings were trained as one tensor.
+    replaced input and output embeddings were trained as one tensor. `meets_transposed`: the
+    trainer's word that some weight of the base is stored `[in, out]`.
     """
 
     format: str
@@ -92,4 +107,5 @@ class Adapter:
     base_model: str | None = None
     task: str | None = None
     keeps_ties: bool = False
+    meets_transposed: bool = False
     notes: tuple[str, ...] = ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dora_convert.core.adapter import LowRank, MagnitudeAxis
+from collections.abc import Iterable, Mapping
+
+from dora_convert.core.adapter import DoraModule, LowRank, MagnitudeAxis
 from dora_convert.core.tensors import TensorRef
 
-__all__ = ["convolution", "linear", "magnitude"]
+__all__ = ["check_axes", "check_replaced", "convolution", "linear", "magnitude"]
 
 
 def linear(path: str, down: TensorRef, up: TensorRef, problems: list[str]) -> LowRank | None:
@@ -78,6 +80,23 @@ def magnitude(
         )
         return None
     return vector, fitting[0]
+
+
+def check_axes(layers: Iterable[DoraModule], problems: list[str]) -> None:
+    """No trainer mixes axes: one layer whose shape says IN speaks for the square ones too."""
+    by_axis = {layer.axis: layer.path for layer in layers if layer.magnitude is not None}
+    if len(by_axis) > 1:
+        problems.append(
+            f"the magnitude of {by_axis[MagnitudeAxis.IN]} is one per input, that of "
+            f"{by_axis[MagnitudeAxis.OUT]} one per output: say which is meant with --axis"
+        )
+
+
+def check_replaced(replaced: Mapping[str, TensorRef], problems: list[str]) -> None:
+    """Tensors that were trained whole must be floats, and hold some."""
+    for name, ref in replaced.items():
+        if 0 in ref.spec.shape or not ref.stored.dtype.is_weight:
+            problems.append(f"{name}: {list(ref.spec.shape)} {ref.stored.dtype.label} is no weight")
 
 
 def _usable(path: str, tensors: tuple[TensorRef, ...], problems: list[str]) -> bool:

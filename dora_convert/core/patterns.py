@@ -12,8 +12,8 @@ from dora_convert.errors import InputError
 
 __all__ = ["first_matches"]
 
-# A regular expression without repetition takes time linear in its length: it can run here.
-_REPEATS = re.compile(r"[*+?{]")
+# Without repetition or choice there is nothing to try twice: such an expression can run here.
+_REPEATS = re.compile(r"[*+?{|]")
 
 # Others run in a child that can be stopped: CPython cannot interrupt its own matcher.
 _SECONDS = 2.0

@@ -26,22 +26,35 @@ BLOCK_BYTES = 1 << 20
 
 
 class Buffers:
-    """A worker's memory, reused for every block; grows to the longest row, never with the model."""
+    """A worker's memory, reused for every block; grows to the longest row, never with the model.
+
+    The views of it are kept too: making them anew for every block costs as much as a pass over it.
+    """
 
     def __init__(self) -> None:
         self._bytes: dict[str, Tensor] = {}
+        self._views: dict[str, tuple[tuple[int, int, torch.dtype], Tensor, Tensor]] = {}
 
     def take(self, kind: str, nbytes: int) -> Tensor:
         """At least `nbytes` bytes that belong to `kind` until it is taken again."""
         held = self._bytes.get(kind)
         if held is None or held.numel() < nbytes:
             held = self._bytes[kind] = torch.empty(max(nbytes, BLOCK_BYTES), dtype=torch.uint8)
+            self._views.pop(kind, None)
         return held
 
-    def matrix(self, kind: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A `[rows, columns]` matrix in the memory of `kind`."""
+    def matrix(
+        self, kind: str, rows: int, columns: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """A `[rows, columns]` matrix in the memory of `kind`, and the bytes under it."""
+        key = (rows, columns, dtype)
         nbytes = rows * columns * dtype.itemsize
-        return self.take(kind, nbytes)[:nbytes].view(dtype).view(rows, columns)
+        memory = self.take(kind, nbytes)
+        held = self._views.get(kind)
+        if held is None or held[0] != key:
+            flat = memory[:nbytes]
+            held = self._views[kind] = (key, flat.view(dtype).view(rows, columns), flat)
+        return held[1], held[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ def _directions(
     with reader.rows(base) as blocks:
         for start, stop in _spans(unit.start, unit.stop, base):
             raw = buffers.take("raw", base.spec.nbytes // base.spec.shape[0] * (stop - start))
-            work = buffers.matrix("work", stop - start, base.spec.shape[1], dtype)
+            work, _ = buffers.matrix("work", stop - start, base.spec.shape[1], dtype)
             work.copy_(blocks.read(start, stop, raw))
             if operands.up is not None and operands.down is not None:
                 add_update(work, operands.up[start - unit.start : stop - unit.start], operands.down)
@@ -155,7 +168,7 @@ def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -
     """Rows of one piece, or of none: those are the base's own."""
     faults = RowFaults()
     name, columns = unit.job.output.name, base.spec.shape[1]
-    dtype = work_dtype(base.spec.dtype)
+    dtype, narrow_type = work_dtype(base.spec.dtype), TORCH[unit.job.output.dtype]
     operands = Operands(None, None, None)
     if piece is not None:
         operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)
@@ -165,11 +178,10 @@ def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -
         elif operands.magnitude is not None:
             span = operands.magnitude[start - unit.start : stop - unit.start]
             faults += scale_rows(work, span)
-        narrow = out.buffers.matrix("out", stop - start, columns, TORCH[unit.job.output.dtype])
+        narrow, data = out.buffers.matrix("out", stop - start, columns, narrow_type)
         narrow.copy_(work)
         faults += overflows(work, narrow)
-        offset = start * columns * narrow.dtype.itemsize
-        out.writer.write(name, offset, narrow.view(-1).view(torch.uint8))
+        out.writer.write(name, start * columns * narrow_type.itemsize, data)
     return faults
 
 
@@ -207,10 +219,9 @@ def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
             raw = out.buffers.take(
                 "raw", matrix.spec.nbytes // matrix.spec.shape[0] * (stop - start)
             )
-            narrow = out.buffers.matrix("out", stop - start, matrix.spec.shape[1], dtype)
+            narrow, data = out.buffers.matrix("out", stop - start, matrix.spec.shape[1], dtype)
             stored = blocks.read(start, stop, raw)
             narrow.copy_(stored)
             faults += overflows(stored, narrow)
-            offset = start * narrow.shape[1] * dtype.itemsize
-            out.writer.write(name, offset, narrow.view(-1).view(torch.uint8))
+            out.writer.write(name, start * narrow.shape[1] * dtype.itemsize, data)
     return faults

@@ -28,21 +28,22 @@ from dora_convert.maths.lowrank import (
 )
 from dora_convert.storage.reader import Reader
 
-__all__ = ["Part", "Projected", "project"]
+__all__ = ["Part", "Spectrum", "project"]
 
 Part = tuple[TensorRef, Piece]
 _ENERGIES = (0.90, 0.95, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
-class Projected:
-    """The spectrum of one module's update, as far as it was computed, and its factors.
+class Spectrum:
+    """The singular values of one module's update, as many as were computed, float64 and falling.
 
     `square` is ||T||² and `by_magnitude` ||T - D||².
     """
 
     path: str
-    factors: Factors
+    shape: tuple[int, int]
+    singular: Tensor
     square: float
     by_magnitude: float
 
@@ -50,12 +51,12 @@ class Projected:
         """||T - T_rank|| / ||T||, exact: what the kept singular values do not hold."""
         if not self.square:
             return 0.0
-        kept = float(self.factors.singular[:rank].square().sum())
+        kept = float(self.singular[:rank].square().sum())
         return math.sqrt(max(0.0, 1 - kept / self.square))
 
     def least_rank(self, energy: float) -> int | None:
         """The least rank that keeps this share of ||T||², None where not enough was computed."""
-        kept = self.factors.singular.square().cumsum(0)
+        kept = self.singular.square().cumsum(0)
         # A hair less: at full rank the sum misses ||T||² by its last bits.
         reached = kept >= energy * self.square * (1 - 1e-9)
         return int(reached.int().argmax()) + 1 if bool(reached.any()) else None
@@ -65,7 +66,7 @@ class Projected:
         first, second, third = (self.least_rank(energy) for energy in _ENERGIES)
         return LoraModule(
             path=self.path,
-            rank=min(rank, len(self.factors.singular)),
+            rank=min(rank, len(self.singular)),
             residual=self.residual(rank),
             without_magnitude=math.sqrt(self.by_magnitude / self.square) if self.square else 0.0,
             energies=(first, second, third),
@@ -95,34 +96,37 @@ class _Stacked:
 def project(
     modules: Mapping[str, Sequence[Part]],
     choice: RankChoice,
+    keep: Callable[[str, Factors], None],
     *,
     workers: int,
     exact: bool = False,
     seed: int = 0,
-    done: Callable[[Projected], None] = lambda _: None,
-) -> dict[str, Projected]:
-    """Factors of every module, as many as `choice` can need, in the order of `modules`.
+) -> dict[str, Spectrum]:
+    """Approximate every module's update, with as many factors as `choice` can need.
 
-    Raises MismatchError for updates that are not defined everywhere.
+    `keep` is handed the factors of each as they come, from several threads, so that no more are
+    in memory than are worked on. Raises MismatchError for updates not defined everywhere.
     """
     reader = Reader()
-    found: dict[str, Projected] = {}
+    found: dict[str, Spectrum] = {}
     faults: dict[str, RowFaults] = {}
 
     def work(item: tuple[str, Sequence[Part]]) -> None:
         path, parts = item
+        buffers = Buffers()
         with ExitStack() as stack:
             updates = [
-                stack.enter_context(open_update(base, piece, reader, Buffers()))
+                stack.enter_context(open_update(base, piece, reader, buffers))
                 for base, piece in parts
             ]
             fault = sum((update.faults for update in updates), RowFaults())
             if fault:
                 faults[path] = fault
                 return
+            # By path, so that neither order nor threads change what a module gets.
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
-            found[path] = _project(path, updates, choice, exact=exact, generator=generator)
-        done(found[path])
+            factors, found[path] = _approximate(path, updates, choice, exact, generator)
+        keep(path, factors)
 
     in_threads(list(modules.items()), work, workers)
     if faults:
@@ -137,14 +141,13 @@ def project(
     return {path: found[path] for path in modules}
 
 
-def _project(
+def _approximate(
     path: str,
     updates: Sequence[Update],
     choice: RankChoice,
-    *,
     exact: bool,
     generator: torch.Generator,
-) -> Projected:
+) -> tuple[Factors, Spectrum]:
     operator: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
     square = sum(update.square for update in updates)
     by_magnitude = sum(update.by_magnitude for update in updates)
@@ -153,18 +156,18 @@ def _project(
     rank = limit if choice.rank is not None or choice.budget is not None else min(32, limit)
     while True:
         if exact or spans_everything(operator.shape, rank):
-            factors = exact_factors(operator).truncated(limit)
+            rank, factors = limit, exact_factors(operator).truncated(limit)
         else:
             factors = krylov_factors(operator, rank, generator)
-        result = Projected(path, factors, square, by_magnitude)
-        if len(factors.singular) >= limit or rank >= limit or _is_enough(result, choice):
-            return result
+        spectrum = Spectrum(path, operator.shape, factors.singular, square, by_magnitude)
+        if rank >= limit or _is_enough(spectrum, choice):
+            return factors, spectrum
         rank = min(2 * rank, limit)
 
 
-def _is_enough(result: Projected, choice: RankChoice) -> bool:
+def _is_enough(spectrum: Spectrum, choice: RankChoice) -> bool:
     if choice.energy is not None:
-        return result.least_rank(choice.energy) is not None
+        return spectrum.least_rank(choice.energy) is not None
     if choice.max_residual is not None:
-        return result.least_rank(1 - choice.max_residual**2) is not None
+        return spectrum.least_rank(1 - choice.max_residual**2) is not None
     return True

@@ -6,20 +6,20 @@ import heapq
 from collections.abc import Mapping
 
 from dora_convert.core.lora import RankChoice
-from dora_convert.execution.project import Projected
+from dora_convert.execution.project import Spectrum
 
 __all__ = ["choose_ranks"]
 
 
 def choose_ranks(
-    spectra: Mapping[str, Projected], choice: RankChoice, *, element_bytes: int
+    spectra: Mapping[str, Spectrum], choice: RankChoice, *, element_bytes: int
 ) -> dict[str, int]:
     """The rank of every module. `element_bytes` prices a budget."""
     if choice.budget is not None:
         return _spend(spectra, choice.budget // element_bytes)
     ranks = {}
     for path, spectrum in spectra.items():
-        computed = len(spectrum.factors.singular)
+        computed = len(spectrum.singular)
         needed: int | None = choice.rank
         if choice.energy is not None:
             needed = spectrum.least_rank(choice.energy)
@@ -29,7 +29,7 @@ def choose_ranks(
     return ranks
 
 
-def _spend(spectra: Mapping[str, Projected], elements: int) -> dict[str, int]:
+def _spend(spectra: Mapping[str, Spectrum], elements: int) -> dict[str, int]:
     """Take the singular value with the largest square per parameter, until the budget is spent.
 
     A rank of a module costs `out + in` elements whatever its number, and its singular values
@@ -38,16 +38,16 @@ def _spend(spectra: Mapping[str, Projected], elements: int) -> dict[str, int]:
     ranks = dict.fromkeys(spectra, 0)
     queue: list[tuple[float, str, int]] = []
     for path, spectrum in spectra.items():
-        cost = spectrum.factors.left.shape[0] + spectrum.factors.right.shape[1]
-        if len(spectrum.factors.singular):
-            heapq.heappush(queue, (-(float(spectrum.factors.singular[0]) ** 2) / cost, path, cost))
+        cost = sum(spectrum.shape)
+        if len(spectrum.singular):
+            heapq.heappush(queue, (-(float(spectrum.singular[0]) ** 2) / cost, path, cost))
     while queue:
         _, path, cost = heapq.heappop(queue)
         if cost > elements:
             continue
         elements -= cost
         ranks[path] += 1
-        singular = spectra[path].factors.singular
+        singular = spectra[path].singular
         if ranks[path] < len(singular):
             gain = float(singular[ranks[path]]) ** 2 / cost
             heapq.heappush(queue, (-gain, path, cost))

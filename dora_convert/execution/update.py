@@ -84,7 +84,7 @@ class Update:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             raw = self.buffers.take("raw", row_bytes * (stop - start))
-            work = self.buffers.matrix("work", stop - start, columns, self.dtype)
+            work, _ = self.buffers.matrix("work", stop - start, columns, self.dtype)
             first = self.piece.start
             work.copy_(self.blocks.read(first + start, first + stop, raw))
             yield start, stop, work

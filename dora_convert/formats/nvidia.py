@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from dora_convert.core.adapter import Adapter, DoraModule, LowRank, MagnitudeAxis
-from dora_convert.core.assembly import linear, magnitude
+from dora_convert.core.assembly import check_axes, check_replaced, linear, magnitude
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.fields import Fields
 from dora_convert.core.protocols import AdapterFormat
@@ -48,7 +48,9 @@ class NvidiaFormat:
             problems.append(f"{CONFIG} is missing: it holds the scaling (lora_alpha and r)")
         fields = Fields(bundle.documents.get(CONFIG, {}), CONFIG, problems)
         _check_config(fields)
-        modules, plain = _sort(bundle)
+        modules, plain = _sort(bundle, problems)
+        if not fields.has("lora_alpha") and any("down" in parts for parts in modules.values()):
+            fields.reject("lora_alpha", "is missing: the reference has no default for it")
         rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 1.0)
         adapter = Adapter(
             format="nvidia",
@@ -73,7 +75,9 @@ def _check_config(fields: Fields) -> None:
         fields.reject("enable_lora", "is set: the reference does not define DoRA for it")
 
 
-def _sort(bundle: Bundle) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+def _sort(
+    bundle: Bundle, problems: list[str]
+) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
     modules: dict[str, dict[str, TensorRef]] = {}
     plain: dict[str, TensorRef] = {}
     for stored, ref in bundle.tensors.items():
@@ -83,7 +87,8 @@ def _sort(bundle: Bundle) -> tuple[dict[str, dict[str, TensorRef]], dict[str, Te
             if found is not None:
                 # Training in 8 bit wraps the head in a Sequential (CastOutputToFloat).
                 path = re.sub(r"(^|\.)lm_head\.0$", r"\1lm_head", found["path"])
-                modules.setdefault(path, {})[part] = ref
+                if modules.setdefault(path, {}).setdefault(part, ref) is not ref:
+                    problems.append(f"{path}: {stored} comes twice under different names")
                 break
         else:
             plain[name] = ref
@@ -118,6 +123,8 @@ def _modules(
         module = _module(path, delta, vector, scaling, axis, problems)
         if module is not None:
             modules[path] = module
+    if axis is None:
+        check_axes(modules.values(), problems)
     if not stored:
         problems.append("the file holds no DoRA module")
     return modules
@@ -134,7 +141,9 @@ def _module(
     """The reference stores `[out, 1]`; the length is all that a magnitude-only module has."""
     size = vector.spec.numel
     shape = delta.shape if delta is not None else (size, size)
-    resolved = magnitude(path, vector, shape, problems, axis=axis or MagnitudeAxis.OUT)
+    # What is shaped otherwise was not written by the reference, and is asked about.
+    by_format = MagnitudeAxis.OUT if vector.spec.shape in ((size,), (size, 1)) else None
+    resolved = magnitude(path, vector, shape, problems, axis=axis or by_format)
     if resolved is None:
         return None
     return DoraModule(path, delta, resolved[0], resolved[1], scaling)
@@ -152,6 +161,7 @@ def _replaced(
             replaced[name] = ref
         else:
             problems.append(f"{ref.stored.name} {list(ref.stored.shape)} is not understood")
+    check_replaced(replaced, problems)
     return replaced
 
 

@@ -7,31 +7,35 @@ Source: peft 0.9 to 0.21, `tuners/lora/` and `utils/save_and_load.py`. A key is
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
-from dora_convert.core.assembly import convolution, linear, magnitude
+from dora_convert.core.adapter import Adapter, DoraModule, LayerKind, MagnitudeAxis, TokenRows
+from dora_convert.core.assembly import (
+    check_axes,
+    check_replaced,
+    convolution,
+    linear,
+    magnitude,
+)
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.fields import Fields
-from dora_convert.core.patterns import first_matches
+from dora_convert.core.peft_config import CONFIG, refuse_unmergeable, scalings, token_indices
 from dora_convert.core.protocols import AdapterFormat
 from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
 
 __all__ = ["FORMAT", "PeftFormat"]
 
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # The end of a key -> what the tensor is. The adapter's name, where present, is dropped.
 _NAME = r"(?:\.(?!weight$)(?P<adapter>[^.]+))?"
 _PARTS: Final = {
-    part: re.compile(rf"^(?P<path>.+)\.{pattern}$")
+    part: re.compile(rf"^(?P<path>.+?)\.{pattern}$")
     for part, pattern in {
         "down": rf"lora_A{_NAME}\.weight",
         "up": rf"lora_B{_NAME}\.weight",
@@ -43,28 +47,26 @@ _PARTS: Final = {
         "bias": r"(?:token_adapter\.)?base_layer\.bias",
     }.items()
 }
-_SAVED = re.compile(r"^(?P<path>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+))?\.(?P<name>[^.]+)$")
-_ORIGINAL = re.compile(r"\.original_module\.[^.]+$")
+_SAVED = re.compile(r"^(?P<path>.+?)\.modules_to_save\.(?P<rest>.+)$")
+_ORIGINAL = ".original_module."
 # Layers whose weights PEFT adds of itself when the vocabulary was resized (save_embedding_layers).
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")
-
-# Initialisations that subtract from the base: the file alone does not say what W was.
-_MUTATING = {
-    "pissa": "keeps the principal part of the base in the adapter",
-    "olora": "keeps a QR part of the base in the adapter",
-    "corda": "keeps a part of the base, chosen from data, in the adapter",
-    "lora_ga": "keeps a part of the base, chosen from gradients, in the adapter",
-    "loftq": "replaces the base by a quantised one",
-}
+_EMBEDDINGS = (
+    *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"),
+    *("shared", "lm_head", "embed_out", "output_projection"),
+)
 
 
 @dataclass(slots=True)
 class _Parts:
-    """The tensors of a file by module path and part, and those that belong to no module."""
+    """The tensors of a file by module path and part, and those that belong to no module.
+
+    `saved` are those under `modules_to_save`, by path and what comes after.
+    """
 
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
-    saved: dict[str, TensorRef] = field(default_factory=dict)
+    saved: list[tuple[str, str, TensorRef]] = field(default_factory=list)
     plain: dict[str, TensorRef] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
 
 
@@ -87,11 +89,11 @@ class PeftFormat:
         problems: list[str] = []
         notes: list[str] = []
         fields = Fields(config, CONFIG, problems)
-        _check_config(config, fields)
+        refuse_unmergeable(config, fields)
         parts = _sort(bundle, problems)
         modules = _modules(parts, fields, axis, problems)
         _check_magnitudes(modules, fields, problems, notes)
-        replaced = _replaced(parts, fields, problems)
+        replaced = _replaced(parts, fields, problems, notes)
         token_rows = _token_rows(parts, config, problems)
         adapter = Adapter(
             format="peft",
@@ -101,6 +103,7 @@ class PeftFormat:
             base_model=fields.text("base_model_name_or_path") or None,
             task=fields.text("task_type"),
             keeps_ties=fields.flag("ensure_weight_tying"),
+            meets_transposed=fields.flag("fan_in_fan_out"),
             notes=tuple(notes),
         )
         if problems:
@@ -115,29 +118,11 @@ class PeftFormat:
         return adapter
 
 
-def _check_config(config: Json, fields: Fields) -> None:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        fields.reject("peft_type", f"is {kind!r:.40}: only LORA adapters can carry DoRA")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str):
-        for name, what in _MUTATING.items():
-            if init.lower().startswith(name):
-                fields.reject(
-                    "init_lora_weights",
-                    f"is {init!r:.40}, which {what}: merging onto the original base would be "
-                    "wrong, and the file does not hold what would set it right",
-                )
-    if fields.has("layer_replication"):
-        fields.reject("layer_replication", "repeats layers of the base, which is not supported")
-    if fields.flag("lora_bias"):
-        fields.reject("lora_bias", "trains a bias of the update, which DoRA does not define")
-
-
 def _sort(bundle: Bundle, problems: list[str]) -> _Parts:
     parts = _Parts()
     for name, ref in bundle.tensors.items():
         _place(parts, _clean(name), ref, problems)
+    _unwrap_saved(parts)
     if len(parts.names) > 1:
         problems.append(
             f"the file holds several adapters ({', '.join(sorted(parts.names))}); "
@@ -147,7 +132,7 @@ def _sort(bundle: Bundle, problems: list[str]) -> _Parts:
 
 
 def _clean(name: str) -> str:
-    return _WRAPPERS.sub(r"\1", name).replace("..", ".").lstrip(".").removeprefix(_PREFIX)
+    return _WRAPPERS.sub("", name).removeprefix(_PREFIX)
 
 
 def _place(parts: _Parts, name: str, ref: TensorRef, problems: list[str]) -> None:
@@ -166,9 +151,25 @@ def _place(parts: _Parts, name: str, ref: TensorRef, problems: list[str]) -> Non
         return
     saved = _SAVED.match(name)
     if saved is not None:
-        parts.saved[f"{saved['path']}.{saved['name']}"] = ref
-    elif not _ORIGINAL.search(name):
+        parts.saved.append((saved["path"], saved["rest"], ref))
+    elif _ORIGINAL not in name:
         parts.plain[name] = ref
+
+
+def _unwrap_saved(parts: _Parts) -> None:
+    """Take `modules_to_save`, and in a raw dump the adapter's name after it, out of the names.
+
+    The first piece of the rest is an adapter's name or a part of the module: in a raw dump it is
+    the name that the LoRA tensors carry as well. What is trained wins over a plain copy.
+    """
+    raw = bool(parts.names) or any(rest.startswith("default.") for _, rest, _ in parts.saved)
+    for path, rest, ref in parts.saved:
+        name = rest
+        if raw and "." in rest:
+            adapter, _, name = rest.partition(".")
+            parts.names.add(adapter)
+        parts.plain[f"{path}.{name}"] = ref
+        parts.trained.add(f"{path}.{name}")
 
 
 def _modules(
@@ -179,12 +180,19 @@ def _modules(
         for path, tensors in parts.modules.items()
         if tensors.keys() & {"down", "up", "embedding_a", "embedding_b", "magnitude"}
     }
-    scalings = _scalings(adapted, fields, problems)
+    ranks = {
+        path: ref.spec.shape[0]
+        for path, tensors in adapted.items()
+        if (ref := tensors.get("down") or tensors.get("embedding_a")) and ref.spec.numel
+    }
+    by_path = scalings(sorted(adapted), ranks, fields, problems)
     modules: dict[str, DoraModule] = {}
     for path, tensors in sorted(adapted.items()):
-        module = _module(path, tensors, scalings.get(path, 1.0), axis, problems)
+        module = _module(path, tensors, by_path[path], axis, problems)
         if module is not None:
             modules[path] = module
+    if axis is None:
+        check_axes([m for path, m in modules.items() if "down" in adapted[path]], problems)
     if not adapted:
         problems.append("the file holds no LoRA or DoRA module")
     return modules
@@ -218,6 +226,12 @@ def _module(
         delta = (convolution if len(a.spec.shape) > 2 else linear)(path, a, b, problems)
     if delta is None:
         return None
+    weight = tensors.get("weight")
+    if weight is not None and not weight.stored.dtype.is_weight:
+        problems.append(
+            f"{path}: its base weight in the file is {weight.stored.dtype.label}, a quantised one"
+        )
+        return None
     vector = tensors.get("magnitude")
     found_axis = MagnitudeAxis.IN if embedding else MagnitudeAxis.OUT
     if vector is not None:
@@ -228,7 +242,10 @@ def _module(
         if resolved is None:
             return None
         vector, found_axis = resolved
-    return DoraModule(path, delta, vector, found_axis, scaling, tensors.get("weight"))
+    kind = LayerKind.EMBEDDING if embedding else LayerKind.LINEAR
+    if len(a.spec.shape) > 2:
+        kind = LayerKind.CONVOLUTION
+    return DoraModule(path, delta, vector, found_axis, scaling, weight, kind)
 
 
 def _follows_peft(vector: TensorRef, shape: tuple[int, int], axis: MagnitudeAxis) -> bool:
@@ -236,31 +253,6 @@ def _follows_peft(vector: TensorRef, shape: tuple[int, int], axis: MagnitudeAxis
     length = shape[0] if axis is MagnitudeAxis.OUT else shape[1]
     stored = vector.spec.shape
     return stored in ((length,), (length, 1)) or (len(stored) > 2 and stored[1] == length)
-
-
-def _scalings(
-    adapted: Mapping[str, Mapping[str, TensorRef]], fields: Fields, problems: list[str]
-) -> dict[str, float]:
-    """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA, by PEFT's own pattern rules."""
-    rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 8.0)
-    ranks, alphas = fields.counts("rank_pattern"), fields.numbers("alpha_pattern")
-    rslora = fields.flag("use_rslora")
-    paths = sorted(adapted)
-    rank_of = first_matches(ranks, paths, where=f"{CONFIG}, rank_pattern")
-    alpha_of = first_matches(alphas, paths, where=f"{CONFIG}, alpha_pattern")
-    scalings = {}
-    for path in paths:
-        expected = ranks[rank_of[path]] if path in rank_of else rank
-        stored = adapted[path].get("down") or adapted[path].get("embedding_a")
-        shape = stored.spec.shape if stored is not None else ()
-        if shape and shape[0] != expected and 0 not in shape:
-            key = f"rank_pattern[{rank_of[path]!r}]" if path in rank_of else "r"
-            problems.append(
-                f"{path}: {CONFIG} says rank {expected} ({key}), the tensors have rank {shape[0]}"
-            )
-        size = alphas[alpha_of[path]] if path in alpha_of else alpha
-        scalings[path] = size / (math.sqrt(expected) if rslora else expected)
-    return scalings
 
 
 def _check_magnitudes(
@@ -283,28 +275,36 @@ def _check_magnitudes(
         notes.append(f"{CONFIG} does not say use_dora, but the magnitudes are there: taken as DoRA")
 
 
-def _replaced(parts: _Parts, fields: Fields, problems: list[str]) -> dict[str, TensorRef]:
+def _replaced(
+    parts: _Parts, fields: Fields, problems: list[str], notes: list[str]
+) -> dict[str, TensorRef]:
     """Tensors that were trained whole: modules_to_save, biases, resized embeddings."""
-    replaced = dict(parts.saved)
+    replaced = {}
     to_save = fields.strings("modules_to_save")
-    biases = fields.text("bias") not in (None, "none")
+    bias = fields.text("bias") or "none"
     for path, tensors in parts.modules.items():
-        if "bias" in tensors and biases:
+        # In a raw dump also where it was not trained: it is what the weight was trained with.
+        if "bias" in tensors:
             replaced[f"{path}.bias"] = tensors["bias"]
-        # A copy of a weight that is not adapted says nothing that the base does not say.
     for name, ref in parts.plain.items():
         path, _, leaf = name.rpartition(".")
         if (
-            _is_saved(path, to_save)
-            or (biases and leaf == "bias")
-            or (leaf == "weight" and path.rpartition(".")[2] in _EMBEDDINGS)
+            name in parts.trained
+            or _is_saved(path, to_save)
+            # PEFT trains whatever has bias in its name, such as T5's relative_attention_bias.
+            or (bias == "all" and "bias" in name)
+            or (bias != "none" and leaf == "bias")
+            or (leaf in ("weight", "bias") and path.rpartition(".")[2] in _EMBEDDINGS)
         ):
             replaced[name] = ref
         else:
             problems.append(f"{ref.stored.name} {list(ref.stored.shape)} is not understood")
-    for name, ref in replaced.items():
-        if 0 in ref.spec.shape or not ref.stored.dtype.is_weight:
-            problems.append(f"{name}: {list(ref.spec.shape)} {ref.stored.dtype.label} is no weight")
+    if bias == "lora_only" and not any(name.endswith(".bias") for name in replaced):
+        notes.append(
+            "biases were trained (bias is 'lora_only'), but PEFT before 0.21 did not save them: "
+            "those of the base are used, as PEFT does"
+        )
+    check_replaced(replaced, problems)
     return replaced
 
 
@@ -322,7 +322,7 @@ def _token_rows(parts: _Parts, config: Json, problems: list[str]) -> dict[str, T
         ref = tensors.get("tokens")
         if ref is None:
             continue
-        indices = _token_indices(path, config.get("trainable_token_indices"))
+        indices = token_indices(path, config.get("trainable_token_indices"))
         if indices is None or len(ref.spec.shape) != 2 or len(indices) != ref.spec.shape[0]:
             problems.append(
                 f"{path}: {list(ref.spec.shape)} trained token rows do not go with "
@@ -330,19 +330,12 @@ def _token_rows(parts: _Parts, config: Json, problems: list[str]) -> dict[str, T
             )
         elif len(set(indices)) != len(indices):
             problems.append(f"{path}: trainable_token_indices names a token twice")
+        elif not indices or not ref.stored.dtype.is_weight:
+            what = f"{list(ref.spec.shape)} {ref.stored.dtype.label}"
+            problems.append(f"{path}: trained token rows cannot be {what}")
         else:
-            rows[path] = TokenRows(indices, ref)
+            rows[path] = TokenRows(indices, ref, tensors.get("weight"))
     return rows
-
-
-def _token_indices(path: str, value: object) -> tuple[int, ...] | None:
-    if isinstance(value, dict):
-        value = next((v for k, v in value.items() if path == k or path.endswith(f".{k}")), None)
-    if not isinstance(value, list):
-        return None
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        return None
-    return tuple(value)
 
 
 FORMAT: Final[AdapterFormat] = PeftFormat()

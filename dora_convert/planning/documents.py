@@ -19,12 +19,18 @@ from dora_convert.planning.ties import Ties
 
 __all__ = ["documents", "repaired_config"]
 
-_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32"}
+_TORCH_NAMES = {
+    DType.F16: "float16",
+    DType.BF16: "bfloat16",
+    DType.F32: "float32",
+    DType.F64: "float64",
+}
 _TASK_SUFFIX = {
     "SEQ_CLS": "ForSequenceClassification",
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
+_LABELS = re.compile(r"(^|\.)(score|classifier|out_proj)\.weight$")
 _STEM = re.compile(r"^(.+?)(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|Model)$")
 
 
@@ -76,13 +82,19 @@ def repaired_config(
     specs = list(specs)
     _set_vocabulary(parts, checkpoint, specs)
     if dtype is not None:
-        for part in parts:
-            for key in ("torch_dtype", "dtype"):
-                if key in part:
-                    part[key] = _TORCH_NAMES[dtype]
+        _set_dtype(config, _TORCH_NAMES[dtype])
     if adapter.task in _TASK_SUFFIX:
-        _set_task(config, adapter, checkpoint, specs)
+        _set_task(config, adapter.task or "", checkpoint, specs)
     return config
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    """In every part of the model: a vision tower is cast as well."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _set_dtype(value, name)
+        elif key in ("torch_dtype", "dtype") and isinstance(value, str):
+            config[key] = name
 
 
 def _set_vocabulary(
@@ -99,19 +111,21 @@ def _set_vocabulary(
 
 
 def _set_task(
-    config: dict[str, Any], adapter: Adapter, checkpoint: Checkpoint, specs: Sequence[TensorSpec]
+    config: dict[str, Any], task: str, checkpoint: Checkpoint, specs: Sequence[TensorSpec]
 ) -> None:
     """The class with the head that the adapter trained, and its labels."""
-    suffix = _TASK_SUFFIX[adapter.task or ""]
+    suffix = _TASK_SUFFIX[task]
     names = config.get("architectures") or []
     stem = _STEM.match(names[0]) if names and isinstance(names[0], str) else None
     if stem is not None:
         config["architectures"] = [stem[1] + suffix]
-    heads = [s for s in specs if s.name in adapter.replaced and s.name not in checkpoint.tensors]
-    counts = {
-        s.shape[0] for s in heads if re.search(r"(score|classifier|out_proj)\.weight$", s.name)
-    }
-    if len(counts) == 1 and adapter.task != "QUESTION_ANS":
+    stored = checkpoint.tensors
+    heads = [s for s in specs if s.name not in stored or s.shape != stored[s.name].spec.shape]
+    counts = {s.shape[0] for s in heads if _LABELS.search(s.name)}
+    if len(counts) == 1 and task != "QUESTION_ANS":
         labels = range(counts.pop())
+        known = config.get("id2label")
+        if isinstance(known, dict) and len(known) == len(labels):
+            return
         config["id2label"] = {str(i): f"LABEL_{i}" for i in labels}
         config["label2id"] = {f"LABEL_{i}": i for i in labels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from dora_convert.core.bundle import Json
@@ -12,6 +13,7 @@ __all__ = [
     "is_tied",
     "model_types",
     "quantization",
+    "task_head",
     "text_configs",
     "ties_masked_head",
     "transposed_leaves",
@@ -27,10 +29,22 @@ _CONV1D: Mapping[str, frozenset[str]] = {
 }
 
 # The names that causal language models of transformers give to both ends.
-_INPUTS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+_INPUTS = (
+    *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings"),
+    "shared",
+)
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeadsModel")
 _MASKED = ("ForMaskedLM", "ForPreTraining")
+# Classes without a head over the vocabulary; a name that says nothing may have one.
+_HEADLESS = re.compile(
+    r"(Classification|QuestionAnswering|MultipleChoice|Encoder|"
+    r"(?<!LMHead)(?<!DoubleHeads)(?<!Chat)Model)$"
+)
+# The heads of classifiers and of extractive question answering.
+_TASK_HEADS = frozenset(
+    {"score", "classifier", "classification_head", "qa_outputs", "logits_proj", "pre_classifier"}
+)
 
 
 def _configs(config: Json) -> Iterator[Json]:
@@ -81,17 +95,28 @@ def head_of(path: str) -> bool:
     return path.rpartition(".")[2] in _HEADS
 
 
-def is_tied(config: Json, *, head_stored: bool) -> bool:
+def task_head(path: str) -> bool:
+    """Whether a module path lies in the head of a classifier."""
+    return not _TASK_HEADS.isdisjoint(path.split("."))
+
+
+def is_tied(config: Json, *, head_stored: bool) -> bool | None:
     """Whether input and output embedding of a causal language model are one tensor.
 
-    Transformers leaves the head out of the file when they are; the flag's default depends on the
-    model, so a missing head counts as much. A model without such a head is not tied, whatever its
-    config says.
+    Where the config does not say, a missing head does: transformers leaves it out of the file when
+    they are. None where both are stored, since the flag's default depends on the model, and where
+    the class is not known either. A model without such a head is not tied, whatever its config
+    says.
     """
     names = _architectures(config)
-    if names and not any(name.endswith(_HEADED) for name in names):
+    if names and all(_HEADLESS.search(name) for name in names):
         return False
-    return _declared_tied(config) is True or (bool(names) and not head_stored)
+    declared = _declared_tied(config)
+    if declared is not None or head_stored:
+        return declared
+    if True in _tie_flags(config):
+        return True
+    return any(name.endswith(_HEADED) for name in names) if names else None
 
 
 def ties_masked_head(config: Json) -> bool:
@@ -105,7 +130,14 @@ def _architectures(config: Json) -> list[str]:
     return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
 
 
-def _declared_tied(config: Json) -> bool | None:
+def _tie_flags(config: Json) -> list[object]:
     parts = (config, *(config[key] for key in text_configs(config)))
-    flags = [part.get("tie_word_embeddings") for part in parts]
-    return next((True for flag in flags if flag is True), None if None in flags else False)
+    return [part.get("tie_word_embeddings") for part in parts]
+
+
+def _declared_tied(config: Json) -> bool | None:
+    """What the config says; None where its parts are silent, or contradict each other."""
+    flags = _tie_flags(config)
+    if True in flags:
+        return None if False in flags else True
+    return None if None in flags else False

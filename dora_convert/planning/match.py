@@ -10,7 +10,13 @@ from itertools import pairwise
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.tensors import TensorRef
-from dora_convert.planning.families import head_of, input_embedding, transposed_leaves
+from dora_convert.planning.families import (
+    head_of,
+    input_embedding,
+    is_tied,
+    task_head,
+    transposed_leaves,
+)
 from dora_convert.planning.names import Rows, Unsupported
 from dora_convert.planning.resolve import Resolver, resolver
 
@@ -54,20 +60,44 @@ def match(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str]
     if names.added or names.stripped:
         verb = f"prefix {names.added!r} added" if names.added else f"{names.stripped!r} stripped"
         matching.notes.append(f"module paths matched to the checkpoint's names with {verb}")
+    if names.rivals:
+        choices = ", ".join(repr(p) for p in (names.added or names.stripped, *names.rivals))
+        matching.problems.append(
+            f"the module paths fit the base's names in several ways, with the prefixes {choices}"
+        )
     leaves = transposed_leaves(checkpoint.config)
+    any_flipped = False
     for path, module in adapter.modules.items():
         flip = path.rpartition(".")[2] in leaves or _named(path, transposed)
+        any_flipped |= flip
         target = _target(module, checkpoint, names, matching.problems, flip=flip)
         if target is not None:
             matching.targets.append(target)
+    _check_orientation(adapter, matching, any_flipped=any_flipped)
     _match_replaced(adapter, checkpoint, names, matching)
     _match_rows(adapter, checkpoint, names, matching)
     _check_overlaps(matching)
+    _check_created(matching)
     return matching
 
 
 def _named(path: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+
+
+def _check_orientation(adapter: Adapter, matching: Matching, *, any_flipped: bool) -> None:
+    """The trainer met a layer stored [in, out], and nothing here says that there is one."""
+    square = [
+        target.module.path
+        for target in matching.targets
+        if target.module.delta is not None and len(set(target.module.delta.shape)) == 1
+    ]
+    if adapter.meets_transposed and square and not any_flipped:
+        matching.problems.append(
+            f"{square[0]}: the adapter's fan_in_fan_out says that weights of the base are stored "
+            "[in, out], and the base's config does not say which; a square one fits either way: "
+            "say which with --transposed GLOB, or set fan_in_fan_out to false if there is none"
+        )
 
 
 def _target(
@@ -81,9 +111,9 @@ def _target(
     path, creates = module.path, None
     origin = names.find(f"{path}.weight")
     if origin is None and head_of(path):
-        tied = [n for n in checkpoint.tensors if input_embedding(n.removesuffix(".weight"))]
-        if len(tied) == 1:
-            origin = (Rows(tied[0], 0, checkpoint.tensors[tied[0]].spec.shape[0]),)
+        tied = _tied_input(checkpoint)
+        if tied is not None:
+            origin = (Rows(tied, 0, _rows_of(checkpoint.tensors[tied])),)
             creates = f"{path}.weight"
     if origin is None:
         near = names.near(f"{path}.weight")
@@ -100,6 +130,15 @@ def _target(
     return Target(oriented, origin, creates) if len(problems) == before else None
 
 
+def _tied_input(checkpoint: Checkpoint) -> str | None:
+    """The input embedding, where it is the head as well and so no head is stored."""
+    paths = {n: n.removesuffix(".weight") for n in checkpoint.tensors}
+    tied = [n for n, path in paths.items() if input_embedding(path)]
+    if len(tied) != 1 or any(map(head_of, paths.values())):
+        return None
+    return tied[0] if is_tied(checkpoint.config, head_stored=False) else None
+
+
 def _check_shape(
     module: DoraModule,
     rows: tuple[Rows, ...],
@@ -114,8 +153,14 @@ def _check_shape(
         problems.append(f"{module.path}: {names} have no common row length, or no rows")
         return
     if module.weight is not None:
-        copy = module.weight.spec.shape
-        stored = (copy[0], module.weight.spec.numel // max(copy[0], 1)) if copy else stored
+        copy, whole = module.weight.spec.shape, _base_shape(rows, tensors)
+        embedding = input_embedding(module.path) or head_of(module.path)
+        if len(copy) != len(whole) or list(copy[embedding:]) != whole[embedding:] or 0 in copy:
+            problems.append(
+                f"{module.path}: the adapter's own base weight {list(copy)}, base {whole}"
+            )
+            return
+        stored = (copy[0], module.weight.spec.numel // copy[0])
     if module.delta is None:
         length = stored[0 if module.axis is MagnitudeAxis.OUT else 1]
         size = module.magnitude.spec.numel if module.magnitude is not None else length
@@ -198,7 +243,7 @@ def _match_replaced(
         origin = names.find(name)
         path = name.rpartition(".")[0]
         if origin is None:
-            if adapter.task in HEAD_TASKS or head_of(path):
+            if _is_new(name, adapter):
                 matching.replaced[name] = ref.renamed(name)
             else:
                 near = names.near(name)
@@ -210,10 +255,14 @@ def _match_replaced(
             continue
         stored = checkpoint.tensors[origin[0].tensor]
         shape = ref.spec.shape
-        resized = (input_embedding(path) or head_of(path)) and shape[1:] == stored.spec.shape[1:]
-        # A head of another task has the base's name and another number of labels.
-        other_head = adapter.task in HEAD_TASKS and shape[1:] == stored.spec.shape[1:]
-        if shape == stored.spec.shape or resized or other_head:
+        # A resized vocabulary, or a head with the base's name and another number of labels.
+        grows = input_embedding(path) or head_of(path)
+        grows |= adapter.task in HEAD_TASKS and task_head(path)
+        if stored.spec.name in matching.replaced:
+            matching.problems.append(f"{name}: {stored.spec.name} is replaced twice")
+        elif not stored.spec.dtype.is_weight:
+            matching.problems.append(f"{name}: the base stores {stored.spec.dtype.label} there")
+        elif shape == stored.spec.shape or (grows and shape[1:] == stored.spec.shape[1:]):
             matching.replaced[stored.spec.name] = ref.renamed(stored.spec.name)
         else:
             matching.problems.append(
@@ -221,22 +270,39 @@ def _match_replaced(
             )
 
 
+def _is_new(name: str, adapter: Adapter) -> bool:
+    """Whether a replaced tensor may be one that the base lacks: a task's head, or a tied one.
+
+    Without its weight beside it a bias is none of these, but one whose name was not found.
+    """
+    path, _, leaf = name.rpartition(".")
+    if adapter.task not in HEAD_TASKS:
+        return head_of(path)
+    return leaf != "bias" or f"{path}.weight" in adapter.replaced
+
+
 def _match_rows(
     adapter: Adapter, checkpoint: Checkpoint, names: Resolver, matching: Matching
 ) -> None:
     for path, patch in adapter.token_rows.items():
         origin = names.find(f"{path}.weight")
+        if origin is None and head_of(path) and _tied_input(checkpoint) is not None:
+            # PEFT stores the rows of a tied head too: they are those of the input embedding.
+            continue
         if origin is None or isinstance(origin, Unsupported) or len(origin) != 1:
             matching.problems.append(f"{path}: the base has no embedding {path}.weight")
             continue
         stored = checkpoint.tensors[origin[0].tensor].spec
-        if stored.shape[1:] != patch.rows.spec.shape[1:]:
+        own = patch.weight.spec if patch.weight is not None else stored
+        if len(own.shape) != 2 or {own.shape[1:], patch.rows.spec.shape[1:]} != {stored.shape[1:]}:
             matching.problems.append(
                 f"{path}: trained rows {list(patch.rows.spec.shape)}, base {list(stored.shape)}"
             )
-        elif max(patch.indices) >= stored.shape[0]:
+        elif not (stored.dtype.is_weight and own.dtype.is_weight):
+            matching.problems.append(f"{path}: stored as {stored.dtype.label}, a quantised weight")
+        elif max(patch.indices) >= own.shape[0]:
             matching.problems.append(
-                f"{path}: token {max(patch.indices)} was trained, the base has {stored.shape[0]} "
+                f"{path}: token {max(patch.indices)} was trained, the base has {own.shape[0]} "
                 "tokens: its vocabulary was resized"
             )
         else:
@@ -262,3 +328,10 @@ def _check_overlaps(matching: Matching) -> None:
                 matching.problems.append(f"{name} is both adapted ({spans[0][2]}) and replaced")
     for name in matching.replaced.keys() & matching.patches.keys():
         matching.problems.append(f"{name} is both replaced and patched")
+
+
+def _check_created(matching: Matching) -> None:
+    """No tensor may be made twice."""
+    created = [target.creates for target in matching.targets if target.creates is not None]
+    for name in {n for n in created if n in matching.replaced or created.count(n) > 1}:
+        matching.problems.append(f"{name} is both adapted and replaced")

@@ -49,7 +49,8 @@ def merge_jobs(
             if name in pieces:
                 op = Merge(_matrix(bases.get(name, ref)), tuple(pieces[name]))
             elif name in matching.patches:
-                op = PatchRows(ref, matching.patches[name])
+                patch = matching.patches[name]
+                op = PatchRows(patch.weight or ref, patch)
             else:
                 op = Copy(matching.replaced.get(name, ref))
             jobs[name] = _job(name, op, ref.spec.dtype, bases.get(name, ref), dtype)
@@ -115,9 +116,10 @@ def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType 
         case Copy(source) | Cast(source):
             spec = replace(source.spec, name=name, dtype=kind)
             return Job(op if source.stored.dtype is kind else Cast(source), spec)
-        case Merge(base) | PatchRows(base):
-            source = shaped or base
-            return Job(op, replace(source.spec, name=name, dtype=kind))
+        case Merge(base):
+            return Job(op, replace((shaped or base).spec, name=name, dtype=kind))
+        case PatchRows(base):
+            return Job(op, replace(base.spec, name=name, dtype=kind))
 
 
 def _dropped_heads(adapter: Adapter, checkpoint: Checkpoint, matching: Matching) -> frozenset[str]:

@@ -16,6 +16,7 @@ from dora_convert.planning.match import Matching, match
 from dora_convert.planning.merge import merge_jobs
 from dora_convert.planning.pack import own_shards, sized_shards
 from dora_convert.planning.ties import untie
+from dora_convert.planning.vocabulary import vocabulary_problems
 
 __all__ = ["Proposal", "plan_merge"]
 
@@ -49,6 +50,8 @@ def plan_merge(
     matching = match(adapter, checkpoint, transposed=transposed)
     ties = untie(adapter, checkpoint, matching)
     outputs = merge_jobs(adapter, checkpoint, matching, ties, dtype=dtype)
+    specs = [job.output for job in outputs.jobs.values()]
+    matching.problems += vocabulary_problems(checkpoint, specs)
     if max_shard_size is None:
         shards = own_shards(outputs, checkpoint.shards)
     else:

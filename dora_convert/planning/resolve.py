@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.planning.names import Origin, Rows, Unsupported, module_tensors
@@ -23,6 +23,7 @@ class Resolver:
     origins: Mapping[str, Origin]
     added: str = ""
     stripped: str = ""
+    rivals: tuple[str, ...] = ()  # prefixes that fit as well, and mean other tensors
 
     def find(self, name: str) -> Origin | None:
         """The rows behind a module tensor such as `model.layers.0.mlp.up_proj.weight`."""
@@ -54,7 +55,15 @@ def resolver(checkpoint: Checkpoint, paths: Iterable[str]) -> Resolver:
         return plain
     choices = [plain, *(Resolver(origins, added=p) for p in _added(missing, origins))]
     choices += [Resolver(origins, stripped=p) for p in _stripped(missing)]
-    return max(choices, key=lambda r: sum(r.find(name) is not None for name in missing))
+    found = [[choice.find(name) for name in missing] for choice in choices]
+    counts = [sum(origin is not None for origin in each) for each in found]
+    best = counts.index(max(counts))
+    rivals = tuple(
+        choices[i].added or choices[i].stripped
+        for i, count in enumerate(counts)
+        if count == counts[best] and found[i] != found[best]
+    )
+    return replace(choices[best], rivals=rivals)
 
 
 def _stripped(missing: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ class RowBlocks:
         self._whole = whole
         rows = ref.spec.shape[0]
         self._row_bytes = ref.spec.nbytes // rows if rows else 0
+        self._view: tuple[int, Tensor, Tensor, Tensor] | None = None
 
     def read(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """Rows `start:stop` in their stored element type; `buffer` is uint8, and large enough."""
@@ -36,12 +37,15 @@ class RowBlocks:
             return self._whole[start:stop]
         assert self._fd is not None
         assert isinstance(self._ref.source, Slice)
-        nbytes = (stop - start) * self._row_bytes
-        target = buffer[:nbytes]
+        rows = stop - start
+        if self._view is None or self._view[0] != rows or self._view[1] is not buffer:
+            target = buffer[: rows * self._row_bytes]
+            shape = (rows, *self._ref.spec.shape[1:])
+            self._view = rows, buffer, target, target.view(TORCH[self._ref.spec.dtype]).view(shape)
+        _, _, target, matrix = self._view
         offset = self._ref.source.start + start * self._row_bytes
         _pread_into(self._fd, self._ref.source.file, target, offset)
-        shape = (stop - start, *self._ref.spec.shape[1:])
-        return target.view(TORCH[self._ref.spec.dtype]).view(shape)
+        return matrix
 
 
 class Reader:

@@ -188,7 +188,8 @@ class Sandbox:
         result = run()
         assert result.code == code, result
         assert result.out == ""
-        assert result.err.startswith("Error: "), result.err
+        lines = [line for line in result.err.splitlines() if not line.startswith("merged ")]
+        assert lines[0].startswith("Error: "), result.err
         assert result.err.count("Error:") == 1, result.err
         assert "Traceback" not in result.err
         for word in words:

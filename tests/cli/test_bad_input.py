@@ -101,15 +101,10 @@ def test_right_base_raises_no_doubt(box: Sandbox) -> None:
 
 
 def test_names_that_the_base_does_not_have(box: Sandbox) -> None:
-    base = {
-        key.replace("self_attn.q_proj", "self_attn.query_proj"): t
-        for key, t in box.load_base().items()
-    }
+    base = {key.replace("self_attn", "attn"): t for key, t in box.load_base().items()}
     box.save_base(base)
-    result = box.refused(
-        4, f"{Q0}: the base has no tensor {Q0}.weight", "nearest: model.layers.0.self_attn."
-    )
-    assert "query_proj" in result.err
+    near = Q0.replace("self_attn", "attn")
+    box.refused(4, f"{Q0}: the base has no tensor {Q0}.weight; nearest: {near}.weight")
 
 
 def test_quantized_base(box: Sandbox) -> None:
@@ -172,12 +167,11 @@ def test_index_that_leads_out_of_the_folder(box: Sandbox, kind: str) -> None:
     }[kind]
     places = dict.fromkeys(box.load_base(), "model.safetensors")
     box.index(places | {"model.norm.weight": name})
-    secret.chmod(0)  # where opening it fails, this would be the message
+    box.refused(3, json.dumps(name), "not a plain file name", "model.safetensors.index.json")
     with watched_opens() as opened:
-        box.refused(3, json.dumps(name), "not a plain file name", "model.safetensors.index.json")
+        assert box.merge().code == 3
     assert str(box.weights) in opened
     assert not [file for file in opened if "secret" in file]
-    secret.chmod(0o600)
 
 
 def test_pickle_without_permission(box: Sandbox) -> None:
@@ -233,7 +227,7 @@ def test_all_nonsense_in_the_config_is_reported(box: Sandbox) -> None:
     )
 
 
-@pytest.mark.parametrize("rank", [0, 2.5, 10**400, True, "4", [4]])
+@pytest.mark.parametrize("rank", [0, 2.5, True, "4", [4]])
 def test_nonsense_rank(box: Sandbox, rank: object) -> None:
     box.configure(box.adapter, r=rank)
     box.refused(3, "adapter_config.json")
@@ -262,7 +256,7 @@ def test_config_that_is_none(box: Sandbox, folder: str, text: str, words: list[s
 def test_config_that_is_huge(box: Sandbox, folder: str) -> None:
     name = "config.json" if folder == "base" else "adapter_config.json"
     file = getattr(box, folder) / name
-    os.truncate(file, 1 << 30)
+    os.truncate(file, 17 << 20)
     box.refused(3, name, "too large")
 
 

@@ -113,7 +113,9 @@ def train(
 def merged(trained: Trained, out: Path, cls: Any, **options: Any) -> PreTrainedModel:
     """Merge, recompute all of it, and load it with nothing missing and nothing left over."""
     read = api.ReadOptions(**options)
-    api.merge(trained.adapter, out, base=trained.base, options=read, how=api.MergeOptions(samples=0))
+    api.merge(
+        trained.adapter, out, base=trained.base, options=read, how=api.MergeOptions(samples=0)
+    )
     api.verify(out, adapter=trained.adapter, base=trained.base, options=read, samples=None)
     return load(out, cls)
 

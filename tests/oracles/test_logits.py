@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -30,6 +30,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    RobertaConfig,
+    RobertaModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -110,6 +112,18 @@ def test_gpt2_from_a_base_without_prefix(tmp_path: Path) -> None:
     trained = train(tmp_path, model, tokens(), base=base, **lora)
     check(trained, tmp_path / "out", AutoModelForCausalLM)
     assert stored(tmp_path / "out").keys() == stored(base).keys()
+
+
+def test_gpt2_without_prefix_gets_a_head_of_its_own(tmp_path: Path) -> None:
+    model = MAKER.gpt2(5)
+    base = tmp_path / "hub"
+    with quiet():
+        model.transformer.save_pretrained(base)
+    config = config_of(base) | {"architectures": ["GPT2LMHeadModel"]}
+    (base / "config.json").write_text(json.dumps(config))
+    trained = train(tmp_path, model, tokens(), base=base, target_modules=["wte"])
+    check(trained, tmp_path / "out", AutoModelForCausalLM)
+    assert stored(tmp_path / "out").keys() - stored(base).keys() == {"lm_head.weight"}
 
 
 def test_square_conv1d_alone(tmp_path: Path) -> None:
@@ -272,6 +286,32 @@ def test_classifier_with_two_layers_of_its_own(tmp_path: Path) -> None:
     check(trained, tmp_path / "out", AutoModelForSequenceClassification)
 
 
+def test_raw_dump_of_a_classifier_with_inner_layers(tmp_path: Path) -> None:
+    """As FSDP leaves it: the adapter's name in every key, and the head wrapped."""
+    torch.manual_seed(23)
+    base = tmp_path / "base"
+    RobertaModel(RobertaConfig(**BERT, pad_token_id=1), add_pooling_layer=False).save_pretrained(
+        base
+    )
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=4)
+        model.eval()
+        lora = LoraConfig(
+            r=4, use_dora=True, target_modules=["query", "value"], task_type="SEQ_CLS"
+        )
+        adapted = get_peft_model(model, lora).eval()
+        MAKER.stir(adapted, torch.Generator().manual_seed(23))
+        adapted.save_pretrained(tmp_path / "adapter")
+        expected = outputs(adapted, tokens())
+    marks = ("lora_", "modules_to_save", "original_module")
+    raw = {n: t for n, t in adapted.state_dict().items() if any(mark in n for mark in marks)}
+    assert "base_model.model.classifier.modules_to_save.default.out_proj.weight" in raw
+    assert "base_model.model.classifier.original_module.dense.weight" in raw
+    save_file(raw, tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = Trained(base, tmp_path / "adapter", tokens(), expected)
+    check(trained, tmp_path / "out", AutoModelForSequenceClassification)
+
+
 def test_classifier_with_another_number_of_labels(tmp_path: Path) -> None:
     """The base is a classifier already; the adapter brings a head of another size."""
     torch.manual_seed(17)
@@ -290,8 +330,6 @@ def test_classifier_with_another_number_of_labels(tmp_path: Path) -> None:
 
 
 def test_plain_convolutions(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(18)
     model = Convolutions().eval()
     base = tmp_path / "base"
@@ -354,16 +392,12 @@ def test_llava(tmp_path: Path) -> None:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         image_size=16, patch_size=8,
     )  # fmt: skip
-    config = LlavaConfig(vision, LlamaConfig(**TEXT), image_token_index=95)
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=95
+    )
     model = LlavaForConditionalGeneration(config)
     inputs = tokens(95) | pixels(size=16)
-    inputs["input_ids"][0, :8] = 95
-    inputs["pixel_values"] = inputs["pixel_values"][:2]
-    inputs["input_ids"][1, :0] = 95
-    inputs["pixel_values"] = inputs["pixel_values"][:2]
-    inputs["input_ids"][0, :4] = 95
-    inputs["input_ids"][0, 4:8] = 1
-    inputs["input_ids"][1, :4] = 95
+    inputs["input_ids"][:2, :4] = 95  # two images of four patches
     lora = {"target_modules": ["q_proj", "v_proj", "down_proj", "fc1", "linear_1", "lm_head"]}
     trained = train(tmp_path, model, inputs, **lora)
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in stored(trained.base)

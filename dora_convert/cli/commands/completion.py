@@ -11,15 +11,16 @@ __all__ = ["COMMAND"]
 
 
 @click.command(
+    "completion",
     epilog=examples(
         'eval "$(dora-convert completion bash)"',
         'eval "$(dora-convert completion zsh)"',
         "dora-convert completion fish | source",
-    )
+    ),
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
-def completion(ctx: click.Context, shell: str) -> None:
+def _completion(ctx: click.Context, shell: str) -> None:
     """Print a completion script for SHELL.
 
     The line below that is for your shell, put into its startup file, turns completion on.
@@ -32,4 +33,4 @@ def completion(ctx: click.Context, shell: str) -> None:
     click.echo(script.source())
 
 
-COMMAND = completion
+COMMAND = _completion

@@ -17,9 +17,9 @@ class _Formats:
     adapters: dict[str, str]
 
 
-@click.command()
+@click.command("formats")
 @json_option
-def formats(*, as_json: bool) -> None:
+def _formats(*, as_json: bool) -> None:
     """List the adapter formats that can be read."""
     from dora_convert.formats import formats as registry
 
@@ -31,4 +31,4 @@ def formats(*, as_json: bool) -> None:
         click.echo(f"{name:10} {title}")
 
 
-COMMAND = formats
+COMMAND = _formats

@@ -22,10 +22,11 @@ __all__ = ["COMMAND"]
 
 
 @click.command(
+    "inspect",
     epilog=examples(
         "dora-convert inspect ./adapter",
         "dora-convert inspect ./adapter --base ./model --per-module",
-    )
+    ),
 )
 @click.argument("adapter", type=PATH)
 @base_option
@@ -33,7 +34,7 @@ __all__ = ["COMMAND"]
 @workers_option
 @json_option
 @read_options
-def inspect(
+def _inspect(
     adapter: Path,
     base: Path | None,
     *,
@@ -63,4 +64,4 @@ def inspect(
         note(f"Note: {printable(text)}")
 
 
-COMMAND = inspect
+COMMAND = _inspect

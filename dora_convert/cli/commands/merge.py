@@ -31,10 +31,11 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
 
 
 @click.command(
+    "merge",
     epilog=examples(
         "dora-convert merge ./adapter --base ./model --output ./merged",
         "dora-convert merge ./adapter -b ./model -o ./merged --max-shard-size 5GB",
-    )
+    ),
 )
 @click.argument("adapter", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write; a new one.")
@@ -67,7 +68,7 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary.")
 @json_option
 @read_options
-def merge(
+def _merge(
     adapter: Path,
     output: Path,
     base: Path | None,
@@ -135,4 +136,4 @@ def _summary(report: MergeReport, *, dry_run: bool) -> None:
         note(text)
 
 
-COMMAND = merge
+COMMAND = _merge

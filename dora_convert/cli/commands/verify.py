@@ -22,10 +22,11 @@ __all__ = ["COMMAND"]
 
 
 @click.command(
+    "verify",
     epilog=examples(
         "dora-convert verify ./merged --adapter ./adapter --base ./model",
         "dora-convert verify ./merged --adapter ./adapter --base ./model --all",
-    )
+    ),
 )
 @click.argument("output", type=PATH)
 @click.option("-a", "--adapter", type=PATH, required=True, help="The adapter that was merged.")
@@ -49,7 +50,7 @@ __all__ = ["COMMAND"]
 )
 @json_option
 @read_options
-def verify(
+def _verify(
     output: Path,
     adapter: Path,
     base: Path | None,
@@ -89,4 +90,4 @@ def verify(
         )
 
 
-COMMAND = verify
+COMMAND = _verify

@@ -1,0 +1,53 @@
+"""`inspect`: what an adapter is and does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dora_convert.api.reading import ReadOptions, checked, read_adapter, worker_count
+from dora_convert.core.reports import Figures, Inspection
+from dora_convert.planning.planner import plan_merge
+from dora_convert.report.inspection import inspection
+from dora_convert.storage.checkpoint import open_checkpoint
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    adapter: Path,
+    *,
+    base: Path | None = None,
+    options: ReadOptions | None = None,
+    per_module: bool = False,
+    workers: int | None = None,
+) -> Inspection:
+    """What an adapter is; with a base, whether it fits and how far it moves every module.
+
+    Without a base only headers are read. Raises InputError, and MismatchError if it does not fit.
+    """
+    options = options or ReadOptions()
+    found = read_adapter(adapter, options)
+    if base is None:
+        return inspection(found, name=str(adapter), per_module=per_module)
+    checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
+    proposal = plan_merge(found, checkpoint, transposed=options.transposed)
+    notes = checked(proposal, found, adapter, base)
+
+    from dora_convert.execution.measure import figures, module_sums, storage_label
+
+    sums = module_sums(proposal.plan, workers=worker_count(workers))
+    label = storage_label(proposal.plan)
+
+    def measure(paths: Sequence[str]) -> Figures | None:
+        return figures([sums[path] for path in paths if path in sums], label)
+
+    extra = [note for note in (*proposal.plan.notes, *notes) if note not in found.notes]
+    return inspection(
+        found,
+        name=str(adapter),
+        base=str(base),
+        measure=measure,
+        per_module=per_module,
+        notes=extra,
+    )

@@ -1,0 +1,95 @@
+"""What every use case begins with: the adapter read, its base found, both looked at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.errors import InputError, MismatchError
+from dora_convert.formats import detect, formats
+from dora_convert.planning.checks import scaled, selected, without
+from dora_convert.planning.planner import Proposal
+from dora_convert.storage.bundle import open_bundle
+
+__all__ = ["ReadOptions", "checked", "named_base", "read_adapter", "worker_count"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How adapter and base are read.
+
+    `ignore` are globs of adapter tensors to leave out; `include` and `exclude` globs of module
+    paths; `transposed` globs of modules whose weight is stored `[in, out]`; `axis` settles a
+    magnitude whose format and shape do not; `scale` multiplies the update (PEFT's set_scale).
+    """
+
+    allow_pickle: bool = False
+    axis: MagnitudeAxis | None = None
+    ignore: Sequence[str] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    transposed: Sequence[str] = ()
+    scale: float = 1.0
+
+
+def read_adapter(path: Path, options: ReadOptions) -> Adapter:
+    """The adapter in canonical layout. Raises InputError."""
+    bundle = without(open_bundle(path, allow_pickle=options.allow_pickle), options.ignore)
+    adapter = formats.get(detect(bundle)).read(bundle, axis=options.axis)
+    return scaled(selected(adapter, options.include, options.exclude), options.scale)
+
+
+def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> list[str]:
+    """Look at the data too, then raise for everything at once; returns what is only doubtful."""
+    from dora_convert.execution.probe import copy_differences, fingerprint, nonfinite
+    from dora_convert.storage.reader import Reader
+
+    reader = Reader()
+    cores = worker_count(None)
+    problems = [*proposal.problems, *nonfinite(adapter, reader, workers=cores)]
+    where = (
+        f"adapter   {name}   ({adapter.format}, {len(adapter.modules)} modules)",
+        f"base      {base}",
+    )
+    if problems:
+        hint = f"The adapter was trained on {adapter.base_model}." if adapter.base_model else ""
+        raise MismatchError(
+            "the adapter does not fit this base", where=where, problems=problems, hint=hint
+        )
+    notes = []
+    mark = fingerprint(proposal.plan, reader, workers=cores)
+    if mark is not None and mark.is_doubtful:
+        notes.append(
+            "this may not be the base that was trained on: over "
+            f"{mark.rows} rows the magnitudes are {mark.deviation:.0%} off its row norms "
+            f"(median; correlation {mark.correlation:.2f}), where training moves them by a few %"
+        )
+    different = copy_differences(adapter.modules.values(), proposal.weights, reader)
+    if different:
+        notes.append(
+            "this may not be the base that was trained on: the adapter carries its own copy of "
+            f"{', '.join(different)}, and the base holds other values (the copy is used)"
+        )
+    return notes
+
+
+def named_base(adapter: Adapter) -> Path:
+    if adapter.base_model is None:
+        raise InputError("the adapter does not name its base", hint="Pass it with --base DIR.")
+    path = Path(adapter.base_model)
+    if not path.exists():
+        raise InputError(
+            f"the adapter was trained on {adapter.base_model}, which is not a folder here",
+            hint="Pass the base model's folder with --base DIR.",
+        )
+    return path
+
+
+def worker_count(wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    # Not os.cpu_count(): a container may grant fewer.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
