@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LoraModule", "LoraReport", "RankChoice"]
+from dora_convert.core.adapter import LayerKind
+
+__all__ = ["LoraLayer", "LoraModule", "LoraReport", "RankChoice"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,22 @@ class RankChoice:
     max_residual: float | None = None
     budget: int | None = None
     ceiling: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """One pair of factors. `shape` is the layer's `[out, in]`; `kernel` a convolution's.
+
+    `flipped`: the stored weight is the transpose of the layer's. `empty`: a pair of zeros, for a
+    layer that the adapter does not touch but the stack wants to see.
+    """
+
+    path: str
+    kind: LayerKind
+    shape: tuple[int, int]
+    kernel: tuple[int, ...] = ()
+    flipped: bool = False
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,167 @@
+"""`dora-convert to-lora ADAPTER -o OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dora_convert.cli.console import note, printable, show_json, size
+from dora_convert.cli.params import (
+    PATH,
+    base_option,
+    examples,
+    json_option,
+    nbytes,
+    read_options,
+    reading_options,
+    workers_option,
+)
+from dora_convert.core.lora import RankChoice
+from dora_convert.core.tensors import DType
+from dora_convert.planning.stacks import STACKS
+
+if TYPE_CHECKING:
+    from dora_convert.core.lora import LoraReport
+
+__all__ = ["COMMAND"]
+
+_DTYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "float16": DType.F16}
+_SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+
+@click.command(
+    "to-lora",
+    epilog=examples(
+        "dora-convert to-lora ./adapter --base ./model --rank 32 --output ./lora",
+        "dora-convert to-lora ./adapter -b ./model --energy 0.95 --for vllm -o ./lora",
+    ),
+)
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to write; a new one.")
+@base_option
+@click.option(
+    "--rank", type=click.IntRange(min=1), metavar="N", help="One rank for all modules [64]."
+)
+@click.option(
+    "--energy", type=_SHARE, metavar="F", help="The least rank that keeps this share of |T|^2."
+)
+@click.option(
+    "--max-residual", type=_SHARE, metavar="F", help="The least rank that misses at most this."
+)
+@click.option(
+    "--budget", type=nbytes, metavar="SIZE", help="Spread this many bytes over all modules."
+)
+@click.option(
+    "--max-rank",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=512,
+    show_default=True,
+    help="The largest rank that --energy, --max-residual and --budget may choose.",
+)
+@click.option(
+    "--for",
+    "stack",
+    type=click.Choice(list(STACKS)),
+    default="any",
+    show_default=True,
+    help="Who is to load it.",
+)
+@click.option("--compact", is_flag=True, help="A rank for each module, where the stack reads it.")
+@click.option("--exact", is_flag=True, help="Full decompositions instead of the iteration.")
+@click.option(
+    "--fail-above", type=_SHARE, metavar="F", help="Exit 7 if the LoRA misses more than this."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    default="float32",
+    show_default=True,
+    help="Type of the factors.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random start.")
+@workers_option
+@click.option("--per-module", is_flag=True, help="List every module.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@json_option
+@read_options
+def _to_lora(
+    adapter: Path,
+    output: Path,
+    base: Path | None,
+    rank: int | None,
+    energy: float | None,
+    max_residual: float | None,
+    budget: int | None,
+    max_rank: int,
+    stack: str,
+    fail_above: float | None,
+    dtype: str,
+    seed: int,
+    workers: int | None,
+    *,
+    compact: bool,
+    exact: bool,
+    per_module: bool,
+    overwrite: bool,
+    as_json: bool,
+    **reading: Any,
+) -> None:
+    """Approximate a DoRA by the best plain LoRA, for stacks that refuse DoRA.
+
+    The effective update T = W' - W of each module has full rank in general: what the LoRA misses
+    of it is computed exactly and reported. OUTPUT is a PEFT adapter with lora_alpha = r.
+    """
+    given = [v for v in (rank, energy, max_residual, budget) if v is not None]
+    if len(given) > 1:
+        raise click.UsageError("--rank, --energy, --max-residual and --budget exclude each other")
+    from dora_convert import api
+
+    how = api.LoraOptions(
+        choice=RankChoice(
+            rank=rank if given else 64,
+            energy=energy,
+            max_residual=max_residual,
+            budget=budget,
+            ceiling=max_rank,
+        ),
+        stack=stack,
+        compact=compact,
+        dtype=_DTYPES[dtype],
+        exact=exact,
+        seed=seed,
+        limit=fail_above,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    report = api.to_lora(adapter, output, base=base, options=reading_options(**reading), how=how)
+    if as_json:
+        show_json("to-lora", report)
+        return
+    for text in report.notes:
+        note(f"Note: {printable(text)}")
+    if per_module:
+        for module in report.modules:
+            note(
+                f"{printable(module.path)}: rank {module.rank}, misses {module.residual:.2%} "
+                f"(without the magnitude {module.without_magnitude:.2%})"
+            )
+    _summary(report)
+    click.echo(report.output)
+
+
+def _summary(report: LoraReport) -> None:
+    note(
+        f"{len(report.modules)} modules at rank {report.rank}, {size(report.nbytes)}, "
+        f"in {report.seconds['total']:.1f} s"
+    )
+    note(
+        f"misses {report.residual:.2%} of the update; the trained factors without the magnitude "
+        f"would miss {report.without_magnitude:.2%}"
+    )
+    note(report.advice)
+
+
+COMMAND = _to_lora

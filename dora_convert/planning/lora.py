@@ -1,0 +1,217 @@
+"""A plain LoRA in the shape that a serving stack loads: names, shapes, zero pairs, config."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from dora_convert.core.adapter import Adapter, DoraModule, LayerKind
+from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.lora import LoraLayer
+from dora_convert.core.plan import Merge, Piece, Plan
+from dora_convert.core.tensors import DType, TensorRef, TensorSpec
+from dora_convert.planning.families import head_of
+from dora_convert.planning.names import Unsupported
+from dora_convert.planning.resolve import Resolver, resolver
+from dora_convert.planning.stacks import Stack
+
+__all__ = ["adapter_config", "lora_layers", "lora_specs", "stack_problems", "targets"]
+
+_PREFIX = "base_model.model."
+# Layers that stacks fuse into one matrix: a pair for one needs pairs for all.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+def targets(plan: Plan) -> dict[str, list[tuple[TensorRef, Piece]]]:
+    """The stored parts of every merged module, in the order of its rows."""
+    found: dict[str, list[tuple[TensorRef, Piece]]] = {}
+    for job in plan.jobs:
+        if isinstance(job.op, Merge):
+            for piece in job.op.pieces:
+                found.setdefault(piece.module.path, []).append((job.op.base, piece))
+    for parts in found.values():
+        parts.sort(key=lambda part: part[1].offset)
+    return found
+
+
+def stack_problems(adapter: Adapter, stack: Stack) -> list[str]:
+    """What the stack cannot hold of this adapter: nothing of it may be dropped in silence."""
+    problems = []
+    for path, module in adapter.modules.items():
+        if module.kind is LayerKind.EMBEDDING and not stack.embeddings:
+            problems.append(f"{path}: {stack.title} loads no LoRA on embeddings")
+        elif module.kind is LayerKind.CONVOLUTION and not stack.convolutions:
+            problems.append(f"{path}: {stack.title} loads no LoRA on convolutions")
+        elif head_of(path) and not stack.heads:
+            problems.append(f"{path}: {stack.title} loads no LoRA on the output head")
+    saved = [*adapter.replaced, *(f"{path} (token rows)" for path in adapter.token_rows)]
+    problems += [f"{name}: trained whole, which a LoRA cannot carry" for name in saved]
+    return problems
+
+
+def lora_layers(
+    adapter: Adapter, checkpoint: Checkpoint, plan: Plan, stack: Stack
+) -> list[LoraLayer]:
+    """A layer for each module, and zero pairs where the stack needs them complete."""
+    stored = targets(plan)
+    layers = {path: _layer(module, stored[path]) for path, module in adapter.modules.items()}
+    if stack.complete:
+        names = resolver(checkpoint, adapter.modules)
+        for path in _missing(layers, names):
+            shape = _shape(path, checkpoint, names)
+            if shape is not None:
+                flipped = _like(path, layers).flipped
+                shape = shape[::-1] if flipped else shape
+                layers[path] = LoraLayer(path, LayerKind.LINEAR, shape, (), flipped, empty=True)
+    return [layers[path] for path in sorted(layers)]
+
+
+def _layer(module: DoraModule, parts: Sequence[tuple[TensorRef, Piece]]) -> LoraLayer:
+    base, piece = parts[0]
+    flipped = module.axis is not piece.module.axis
+    shape = (sum(part.stop - part.start for _, part in parts), base.spec.shape[1])
+    kernel: tuple[int, ...] = ()
+    if module.kind is LayerKind.CONVOLUTION and module.delta is not None:
+        kernel = module.delta.down.stored.shape[2:]
+    return LoraLayer(module.path, module.kind, shape[::-1] if flipped else shape, kernel, flipped)
+
+
+def _missing(layers: Mapping[str, LoraLayer], names: Resolver) -> Iterator[str]:
+    """Paths that are not there, though other layers or fused siblings are."""
+    wanted: dict[str, None] = {}
+    for path, layer in layers.items():
+        if layer.kind is LayerKind.LINEAR:
+            for sibling in _siblings(path):
+                wanted.update(dict.fromkeys(_numbered(sibling, names)))
+    yield from (path for path in wanted if path not in layers)
+
+
+def _siblings(path: str) -> list[str]:
+    parent, dot, leaf = path.rpartition(".")
+    group = next((group for group in _FUSED if leaf in group), (leaf,))
+    return [f"{parent}{dot}{name}" for name in group]
+
+
+def _numbered(path: str, names: Resolver) -> list[str]:
+    """The same path in every layer that the model has."""
+    found = re.search(r"(?<=\.)\d+(?=\.)", path)
+    if found is None:
+        return [path]
+    paths: list[str] = []
+    while names.find(f"{(p := _with(path, found, len(paths)))}.weight") is not None:
+        paths.append(p)
+    return paths
+
+
+def _with(path: str, found: re.Match[str], number: int) -> str:
+    return f"{path[: found.start()]}{number}{path[found.end() :]}"
+
+
+def _shape(path: str, checkpoint: Checkpoint, names: Resolver) -> tuple[int, int] | None:
+    origin = names.find(f"{path}.weight")
+    if origin is None or isinstance(origin, Unsupported):
+        return None
+    shape = checkpoint.tensors[origin[0].tensor].spec.shape
+    return (sum(part.stop - part.start for part in origin), shape[1]) if len(shape) == 2 else None
+
+
+def _like(path: str, layers: Mapping[str, LoraLayer]) -> LoraLayer:
+    """A layer that the adapter has of the same kind: siblings are stored alike."""
+    leaves = {p.rpartition(".")[2] for p in _siblings(path)}
+    return next(layer for p, layer in layers.items() if p.rpartition(".")[2] in leaves)
+
+
+def lora_specs(layer: LoraLayer, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpec]:
+    """The stored `lora_A` and `lora_B`, named and shaped as PEFT does."""
+    out, inner = layer.shape
+    name = f"{_PREFIX}{layer.path}."
+    if layer.kind is LayerKind.EMBEDDING:
+        return (
+            TensorSpec(name + "lora_embedding_A", dtype, (rank, out)),
+            TensorSpec(name + "lora_embedding_B", dtype, (inner, rank)),
+        )
+    down: tuple[int, ...] = (rank, inner)
+    up: tuple[int, ...] = (out, rank)
+    if layer.kernel:
+        size = 1
+        for length in layer.kernel:
+            size *= length
+        down = (rank, inner // size, *layer.kernel)
+        up = (out, rank, *(1 for _ in layer.kernel))
+    return TensorSpec(name + "lora_A.weight", dtype, down), TensorSpec(
+        name + "lora_B.weight", dtype, up
+    )
+
+
+def adapter_config(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    layers: Sequence[LoraLayer],
+    rank: int,
+    ranks: Mapping[str, int],
+) -> str:
+    """`adapter_config.json`: scale 1 everywhere, since alpha equals rank.
+
+    `ranks` are those that differ from `rank`; they go into the patterns.
+    """
+    patterns = {path: r for path, r in sorted(ranks.items()) if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": adapter.task,
+        "base_model_name_or_path": adapter.base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": _suffixes([layer.path for layer in layers], checkpoint),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(layer.flipped for layer in layers),
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _suffixes(paths: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+    """The shortest ends of the paths that are the end of no other module's path."""
+    known = resolver(checkpoint, paths)
+    others = {
+        name.removesuffix(".weight")
+        for name in known.origins
+        if name.endswith(".weight") and _is_matrix(name, checkpoint)
+    }
+    wanted = set(paths)
+    spelled = {_spelled(path, known) for path in paths}
+    others -= wanted | spelled
+    found = set()
+    for path in paths:
+        pieces = path.split(".")
+        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces)))
+        found.add(next((end for end in ends if not _ends(others, end)), path))
+    return sorted(found)
+
+
+def _is_matrix(name: str, checkpoint: Checkpoint) -> bool:
+    stored = checkpoint.tensors.get(name)
+    return stored is None or len(stored.spec.shape) > 1
+
+
+def _spelled(path: str, known: Resolver) -> str:
+    """The path as the checkpoint's names have it, prefix added or stripped."""
+    if known.stripped and path.startswith(known.stripped):
+        return path.removeprefix(known.stripped)
+    return known.added + path
+
+
+def _ends(paths: Iterable[str], end: str) -> bool:
+    return any(path == end or path.endswith("." + end) for path in paths)
