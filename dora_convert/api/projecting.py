@@ -194,7 +194,6 @@ def _stored_ranks(
     layers: Iterable[LoraLayer], ranks: Mapping[str, int], stack: Stack, *, compact: bool
 ) -> dict[str, int]:
     """The rank of each pair on disk: what the stack allows, the same for all unless compact."""
-
     top = _allowed(max(ranks.values()), stack)
     if not compact:
         return {layer.path: top for layer in layers}
