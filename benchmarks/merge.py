@@ -143,7 +143,8 @@ def comparison(runs: Runs, torch_only: int) -> str:
     ]
     merge = median(phases(result).get("merge", 0.0) for result in runs[OURS])
     ratio = f"The merge phase alone takes {merge / middle[CP]:.2f} of cp (medians)."
-    return "\n\n".join((table(head, rows), table(["dora-convert, s", "wall", *PHASES], ours), ratio))
+    by_phase = table(["dora-convert, s", "wall", *PHASES], ours)
+    return "\n\n".join((table(head, rows), by_phase, ratio))
 
 
 def depths(by_layers: Mapping[int, Runs], sizes: Mapping[int, int], torch_only: int) -> str:

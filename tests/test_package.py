@@ -63,15 +63,10 @@ def reexported(module: ModuleType) -> set[str]:
 
 
 # Constants that are not meant for other modules, to be renamed.
-NOT_PUBLIC = {
-    "dora_convert.execution.kernels": {"BLOCK_BYTES"},
-    "dora_convert.execution.units": {"UNIT_BYTES"},
-    "dora_convert.formats.nvidia": {"CONFIG"},
-    "dora_convert.maths.dora": {"NONE"},
+NOT_PUBLIC: dict[str, set[str]] = {
+    "dora_convert.api.projecting": {"DEFAULT_RANK"},
     "dora_convert.maths.lowrank": {"DEPTH", "OVERSAMPLING"},
-    "dora_convert.planning.match": {"HEAD_TASKS"},
     "dora_convert.planning.stacks": {"RANKS"},
-    "dora_convert.report.inspection": {"Measure"},
 }
 
 

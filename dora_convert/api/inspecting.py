@@ -42,6 +42,13 @@ def inspect(
     def measure(paths: Sequence[str]) -> Figures | None:
         return figures([sums[path] for path in paths if path in sums], label)
 
+    undefined = {path: part.undefined for path, part in sums.items() if part.undefined}
+    if undefined:
+        first = next(iter(undefined))
+        notes.append(
+            f"{sum(undefined.values())} rows of {len(undefined)} modules ({first}, ...) are zero, "
+            "NaN or infinite where they have a magnitude: merge will refuse them"
+        )
     extra = [note for note in (*proposal.plan.notes, *notes) if note not in found.notes]
     return inspection(
         found,

@@ -12,7 +12,7 @@ from dora_convert.core.adapter import Adapter
 from dora_convert.core.plan import Copy, Merge, Plan
 from dora_convert.core.reports import MergeReport, Verification
 from dora_convert.core.tensors import DType
-from dora_convert.errors import VerificationError
+from dora_convert.errors import MismatchError, VerificationError
 from dora_convert.planning.planner import plan_merge
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.sidefiles import documents_size, own_files, write_documents
@@ -45,6 +45,9 @@ class MergeOptions:
 
 class Silent:
     """A listener that does nothing."""
+
+    def started(self, nbytes: int) -> None:
+        """See `Listener`."""
 
     def advanced(self, nbytes: int) -> None:
         """See `Listener`."""
@@ -88,10 +91,31 @@ def merge(
     plan = replace(proposal.plan, notes=(*proposal.plan.notes, *notes))
     seconds = {"plan": time.perf_counter() - begun}
     verification = None
-    if not how.dry_run:
+    if how.dry_run:
+        _check_rows(plan, how)
+    else:
         verification = _write(plan, output, how, listener or Silent(), seconds)
     seconds["total"] = time.perf_counter() - begun
-    return _report(plan, found, adapter, base, output, seconds, verification)
+    report = _report(plan, found, adapter, base, output, seconds, verification)
+    return replace(report, dry_run=how.dry_run)
+
+
+def _check_rows(plan: Plan, how: MergeOptions) -> None:
+    """What a run would find while it writes: rows whose result is undefined."""
+    from dora_convert.execution.measure import module_sums
+
+    sums = module_sums(plan, workers=worker_count(how.workers))
+    problems = [
+        f"{path}: {part.undefined} rows are zero, NaN or infinite where they have a magnitude"
+        for path, part in sums.items()
+        if part.undefined
+    ]
+    if problems and not how.keep_zero_rows:
+        raise MismatchError(
+            "the merged weights would not be defined everywhere",
+            problems=problems,
+            hint="--zero-rows keep leaves rows of zeros as they are.",
+        )
 
 
 def _write(
@@ -163,4 +187,5 @@ def _report(
         notes=plan.notes,
         seconds=seconds,
         verification=verification,
+        dry_run=False,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, MismatchError, VerificationError
 from dora_convert.planning.lora import (
     adapter_config,
+    affordable_rank,
+    copy_problems,
     lora_layers,
     lora_specs,
     stack_problems,
     targets,
 )
-from dora_convert.planning.planner import plan_merge
+from dora_convert.planning.planner import Proposal, plan_merge
 from dora_convert.planning.stacks import STACKS, Stack
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.sidefiles import write_documents
@@ -75,16 +77,10 @@ def to_lora(
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
     checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
     proposal = plan_merge(found, checkpoint, transposed=options.transposed)
-    problems = stack_problems(found, stack)
-    if problems:
-        raise MismatchError(
-            f"{stack.title}: not all of this adapter can be loaded there",
-            where=str(adapter),
-            problems=problems,
-            hint="Merge it instead (dora-convert merge), or leave these out with --exclude or "
-            "--ignore.",
-        )
-    notes = [*proposal.plan.notes, *checked(proposal, found, adapter, base)]
+    _check_stack(found, proposal, stack, adapter)
+    # Of the plan's own notes most are about the files of a merge.
+    notes = [*found.notes, *checked(proposal, found, adapter, base)]
+    _check_copies(found, proposal, adapter)
     seconds = {"plan": time.perf_counter() - begun}
     modules, rank, nbytes = _write(output, found, checkpoint, proposal.plan, stack, how, notes)
     seconds["total"] = time.perf_counter() - begun
@@ -106,6 +102,7 @@ def to_lora(
 
 
 def _stack(how: LoraOptions) -> Stack:
+    _check_choice(how.choice)
     if how.stack not in STACKS:
         known = ", ".join(STACKS)
         raise InputError(f"there is no stack named {how.stack!r}", hint=f"Known: {known}.")
@@ -113,14 +110,54 @@ def _stack(how: LoraOptions) -> Stack:
     top = max(stack.ranks or (0,))
     if how.choice.rank is not None and top and how.choice.rank > top:
         raise InputError(
-            f"rank {how.choice.rank} is more than {stack.title} loads",
-            hint=f"Its largest rank is {top}.",
+            f"rank {how.choice.rank} cannot be loaded by {stack.title}",
+            hint=f"The largest rank there is {top}.",
         )
     if how.compact and not stack.patterns:
         raise InputError(
-            f"{stack.title} does not read a rank for each module", hint="Leave --compact out."
+            f"a rank for each module is not read by {stack.title}", hint="Leave --compact out."
         )
     return stack
+
+
+def _check_choice(choice: RankChoice) -> None:
+    given = [choice.rank, choice.energy, choice.max_residual, choice.budget]
+    shares = [share for share in (choice.energy, choice.max_residual) if share is not None]
+    if sum(value is not None for value in given) != 1:
+        raise InputError("exactly one of rank, energy, max_residual and budget is to be given")
+    if min(choice.ceiling, 1 if choice.rank is None else choice.rank) < 1:
+        raise InputError("a rank is 1 or more")
+    if not all(0 < share < 1 for share in shares):
+        raise InputError("energy and max_residual are shares, between 0 and 1")
+
+
+def _check_stack(adapter: Adapter, proposal: Proposal, stack: Stack, name: Path) -> None:
+    if not adapter.modules:
+        raise InputError("the adapter has no module that a LoRA could stand for", where=str(name))
+    problems = [*stack_problems(adapter, stack), *copy_problems(adapter, proposal.weights)]
+    if problems:
+        raise MismatchError(
+            f"not all of this adapter can be loaded by {stack.title} as a LoRA",
+            where=str(name),
+            problems=problems,
+            hint="Merge it instead (dora-convert merge), or leave these out with --exclude or "
+            "--ignore.",
+        )
+
+
+def _check_copies(adapter: Adapter, proposal: Proposal, name: Path) -> None:
+    """An update of the adapter's own copy of a weight is none of another base's."""
+    from dora_convert.execution.probe import copy_differences
+    from dora_convert.storage.reader import Reader
+
+    different = copy_differences(adapter.modules.values(), proposal.weights, Reader())
+    if different:
+        raise MismatchError(
+            "the adapter carries its own base weights, and the base holds others",
+            where=str(name),
+            problems=[f"{path}: a LoRA is added to the base's own" for path in different],
+            hint="Pass the base that was trained on, or merge instead (dora-convert merge).",
+        )
 
 
 def _write(
@@ -139,11 +176,10 @@ def _write(
 
     parts = targets(plan)
     layers = lora_layers(adapter, checkpoint, plan, stack)
-    ceiling = (
-        how.choice.ceiling if stack.ranks is None else min(how.choice.ceiling, stack.ranks[-1])
-    )
-    choice = replace(how.choice, ceiling=ceiling)
-    room = sum(sum(layer.shape) for layer in layers) * (choice.rank or ceiling) * 8
+    choice = _bounded(how, stack, layers)
+    most = _allowed(choice.rank or choice.ceiling, stack)
+    # The scratch files, always of 32 bits, and what is made of them.
+    room = sum(sum(layer.shape) for layer in layers) * most * (4 + how.dtype.bits // 8)
     with Staging(output, nbytes=room, overwrite=how.overwrite) as staging:
         scratch = Scratch(staging.dir / "scratch", list(parts))
         spectra = project(
@@ -169,15 +205,57 @@ def _write(
         documents: list[Document] = [WrittenFile("adapter_config.json", config)]
         write_documents(documents, staging.dir)
         staging.publish()
+    notes += _notes(layers, modules, choice, stack, top)
+    nbytes = sum(pair.down.nbytes + pair.up.nbytes for pair in pairs)
+    return modules, top, nbytes
+
+
+def _bounded(how: LoraOptions, stack: Stack, layers: Sequence[LoraLayer]) -> RankChoice:
+    """The choice within what stack and shapes allow; a budget for padded pairs is a rank."""
+    choice, full = how.choice, max(min(layer.shape) for layer in layers)
+    ceiling = min(choice.ceiling, full, stack.ranks[-1] if stack.ranks else full)
+    if choice.rank is not None:
+        return replace(choice, rank=min(choice.rank, full), ceiling=ceiling)
+    if choice.budget is None:
+        return replace(choice, ceiling=ceiling)
+    width = how.dtype.bits // 8
+    # Where each pair has a rank of its own, the least is 1, whatever the stack's list.
+    least = replace(stack, ranks=None) if how.compact else stack
+    rank = affordable_rank(layers, least, choice.budget // width)
+    if not rank:
+        needed = width * sum(sum(layer.shape) for layer in layers) * _allowed(1, least)
+        raise InputError(
+            f"the budget is too small for any rank that {stack.title} loads",
+            hint=f"The least is {needed} bytes.",
+        )
+    if how.compact:
+        return replace(choice, ceiling=ceiling)
+    return RankChoice(rank=min(rank, ceiling), ceiling=ceiling)
+
+
+def _notes(
+    layers: Sequence[LoraLayer],
+    modules: Sequence[LoraModule],
+    choice: RankChoice,
+    stack: Stack,
+    top: int,
+) -> list[str]:
+    notes = []
     empty = sum(layer.empty for layer in layers)
     if empty:
         notes.append(f"{empty} pairs of zeros added: some stacks need every layer to be there")
+    allowed = choice.max_residual
+    if choice.energy is not None:
+        allowed = math.sqrt(1 - choice.energy)
+    if allowed is not None:
+        short = sum(module.residual > allowed * (1 + 1e-6) + 1e-7 for module in modules)
+        if short:
+            notes.append(f"{short} modules would need a rank above {choice.ceiling} for that")
     if top > stack.advised:
-        notes.append(f"{stack.title} is not made for ranks above {stack.advised}")
+        notes.append(f"ranks above {stack.advised} are not served well by {stack.title}")
     if stack.launch:
         notes.append(f"serve it with {stack.launch.format(rank=_allowed(top, stack))}")
-    nbytes = sum(pair.down.nbytes + pair.up.nbytes for pair in pairs)
-    return modules, top, nbytes
+    return notes
 
 
 def _check_limit(modules: Iterable[LoraModule], limit: float | None) -> None:
@@ -223,5 +301,5 @@ def _advice(residual: float, rank: int, stack: Stack) -> str:
     if residual > 0.05:
         text += "; merge the adapter instead if you can"
     elif stack.ranks is not None:
-        text += f", and loads in {stack.title}"
+        text += f", and can be loaded by {stack.title}"
     return text

@@ -13,6 +13,7 @@ from dora_convert.formats import detect, formats
 from dora_convert.planning.checks import scaled, selected, without
 from dora_convert.planning.planner import Proposal
 from dora_convert.storage.bundle import open_bundle
+from dora_convert.storage.folders import is_hub_name
 
 __all__ = ["ReadOptions", "checked", "named_base", "read_adapter", "worker_count"]
 
@@ -83,7 +84,9 @@ def named_base(adapter: Adapter) -> Path:
     if not path.exists():
         raise InputError(
             f"the adapter was trained on {adapter.base_model}, which is not a folder here",
-            hint="Pass the base model's folder with --base DIR.",
+            hint=f"hf download {adapter.base_model} --local-dir DIR, and pass --base DIR"
+            if is_hub_name(adapter.base_model)
+            else "Pass the base model's folder with --base DIR.",
         )
     return path
 

@@ -32,7 +32,7 @@ def verify(
     found = read_adapter(adapter, options)
     base = base or named_base(found)
     checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
-    merged = open_checkpoint(output)
+    merged = open_checkpoint(output, role="checkpoint")
     dtype = _changed_dtype(checkpoint, merged)
     proposal = plan_merge(found, checkpoint, dtype=dtype, transposed=options.transposed)
     checked(proposal, found, adapter, base)

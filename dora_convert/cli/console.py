@@ -62,6 +62,9 @@ def size(nbytes: float) -> str:
 class _Lines:
     """A line for each finished shard: for logs, where a bar would be noise."""
 
+    def started(self, nbytes: int) -> None:
+        """See `Listener`."""
+
     def advanced(self, nbytes: int) -> None:
         """See `Listener`."""
 
@@ -76,6 +79,10 @@ class _Bar:
     def __init__(self, update: Any) -> None:
         self._update = update
         self._lock = threading.Lock()
+
+    def started(self, nbytes: int) -> None:
+        """See `Listener`."""
+        self._update(total=nbytes)
 
     def advanced(self, nbytes: int) -> None:
         """See `Listener`."""
@@ -100,14 +107,23 @@ def progress(label: str, *, quiet: bool) -> Iterator[Listener]:
 
         from rich.console import Console
         from rich.progress import (
+            BarColumn,
             DownloadColumn,
             Progress,
             SpinnerColumn,
             TextColumn,
+            TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns = (SpinnerColumn(), TextColumn(label), DownloadColumn(), TransferSpeedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn(label),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(label, total=None)
             yield _Bar(partial(bar.update, task))

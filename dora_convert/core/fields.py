@@ -9,6 +9,8 @@ from dora_convert.core.bundle import Json
 
 __all__ = ["Fields"]
 
+_MOST = 2**31  # ranks and lengths; what is larger is not meant
+
 
 class Fields:
     """Typed access to one JSON object; what is wrong goes into `problems`, not into exceptions.
@@ -86,7 +88,10 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-            return value
+            if value <= _MOST:
+                return value
+            self.reject(key, "is too large")
+            return default
         self.reject(key, f"must be a whole number of at least 1, not {value!r:.60}")
         return default
 

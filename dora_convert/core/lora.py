@@ -15,7 +15,8 @@ class RankChoice:
 
     `rank`: the same for all modules. `energy`: the least rank that keeps this share of ||T||².
     `max_residual`: the least rank whose relative residual is no larger. `budget`: bytes for all
-    modules together. `ceiling` bounds the last three.
+    pairs together, spent on one rank for all, or where it gains most if ranks may differ.
+    `ceiling` bounds the last three.
     """
 
     rank: int | None = None

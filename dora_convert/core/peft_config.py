@@ -29,6 +29,7 @@ _VARIANTS = {
     "arrow_config": "mixes several adapters by token",
     "kasa_config": "has a diagonal between its factors",
     "monteclora_config": "draws its factors at random",
+    "target_parameters": "adapts bare parameters, which are not stored as layers are",
     "use_bdlora": "has block-diagonal factors",
 }
 

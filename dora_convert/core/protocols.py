@@ -31,6 +31,10 @@ class AdapterFormat(Protocol):
 class Listener(Protocol):
     """Told how a run goes; may be called from several threads."""
 
+    def started(self, nbytes: int) -> None:
+        """So many bytes of output are to be written."""
+        ...
+
     def advanced(self, nbytes: int) -> None:
         """So many bytes of output more are written."""
         ...

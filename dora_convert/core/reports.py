@@ -105,3 +105,4 @@ class MergeReport:
     notes: tuple[str, ...]
     seconds: dict[str, float]
     verification: Verification | None
+    dry_run: bool

@@ -19,7 +19,7 @@ from dora_convert.storage.opening import opened
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["Buffers", "Operands", "Output", "run_unit", "sum_columns", "work_dtype"]
+__all__ = ["BLOCK_BYTES", "Buffers", "Operands", "Output", "run_unit", "sum_columns", "work_dtype"]
 
 # A block and its float32 copy stay in a core's cache: measured best from 0.5 to 2 MB.
 BLOCK_BYTES = 1 << 20

@@ -56,6 +56,8 @@ class Spectrum:
 
     def least_rank(self, energy: float) -> int | None:
         """The least rank that keeps this share of ||T||², None where not enough was computed."""
+        if not self.square:
+            return 0
         kept = self.singular.square().cumsum(0)
         # A hair less: at full rank the sum misses ||T||² by its last bits.
         reached = kept >= energy * self.square * (1 - 1e-9)
@@ -156,7 +158,10 @@ def _approximate(
     rank = limit if choice.rank is not None or choice.budget is not None else min(32, limit)
     while True:
         if exact or spans_everything(operator.shape, rank):
-            rank, factors = limit, exact_factors(operator).truncated(limit)
+            whole = exact_factors(operator)
+            # Of the same products as its parts, so that all of them together leave exactly 0.
+            square = float(whole.singular.square().sum())
+            rank, factors = limit, whole.truncated(limit)
         else:
             factors = krylov_factors(operator, rank, generator)
         spectrum = Spectrum(path, operator.shape, factors.singular, square, by_magnitude)

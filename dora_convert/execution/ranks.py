@@ -25,7 +25,7 @@ def choose_ranks(
             needed = spectrum.least_rank(choice.energy)
         elif choice.max_residual is not None:
             needed = spectrum.least_rank(1 - choice.max_residual**2)
-        ranks[path] = min(needed or computed, computed)
+        ranks[path] = computed if needed is None else min(needed, computed)
     return ranks
 
 
@@ -33,14 +33,16 @@ def _spend(spectra: Mapping[str, Spectrum], elements: int) -> dict[str, int]:
     """Take the singular value with the largest square per parameter, until the budget is spent.
 
     A rank of a module costs `out + in` elements whatever its number, and its singular values
-    fall, so the greedy choice is optimal up to the last one that does not fit.
+    fall, so the greedy choice is optimal up to the last one that does not fit. Every module has
+    rank 1 from the start: a pair of rank 0 cannot be stored.
     """
-    ranks = dict.fromkeys(spectra, 0)
+    ranks = {path: min(1, len(spectrum.singular)) for path, spectrum in spectra.items()}
+    elements -= sum(sum(spectrum.shape) for spectrum in spectra.values())
     queue: list[tuple[float, str, int]] = []
     for path, spectrum in spectra.items():
         cost = sum(spectrum.shape)
-        if len(spectrum.singular):
-            heapq.heappush(queue, (-(float(spectrum.singular[0]) ** 2) / cost, path, cost))
+        if len(spectrum.singular) > 1:
+            heapq.heappush(queue, (-(float(spectrum.singular[1]) ** 2) / cost, path, cost))
     while queue:
         _, path, cost = heapq.heappop(queue)
         if cost > elements:

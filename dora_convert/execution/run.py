@@ -74,6 +74,7 @@ def run(
     begun = time.perf_counter()
     this = _Run(plan, folder, workers, listener)
     work = list(units(plan))
+    listener.started(plan.nbytes)
     factors = _measure(this, [unit for unit in work if is_two_pass(unit.job)])
     merged = _write(this, work, factors)
     _raise_faults(this.faults.found, keep_zero_rows=keep_zero_rows)
@@ -222,7 +223,10 @@ def _raise_faults(found: Mapping[str, RowFaults], *, keep_zero_rows: bool) -> No
     problems, zero = [], False
     for name, faults in sorted(found.items()):
         if faults.nonfinite:
-            problems.append(f"{name}: {faults.nonfinite} rows are NaN or infinite in the base")
+            problems.append(
+                f"{name}: {faults.nonfinite} rows are NaN or infinite, in the base or once the "
+                "update is added"
+            )
         if faults.zero and not keep_zero_rows:
             zero = True
             problems.append(

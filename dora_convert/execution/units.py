@@ -12,7 +12,7 @@ from dora_convert.core.tensors import Slice
 __all__ = ["Unit", "is_two_pass", "units"]
 
 # Cuts depend on nothing but the plan, so that results do not depend on the machine.
-UNIT_BYTES = 32 << 20
+_UNIT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def _cut(shard: int, job: Job) -> Iterator[Unit]:
     total = step = 1
     match job.op:
         case Copy(source) if isinstance(source.source, Slice) and not source.view:
-            total, step = job.output.nbytes, 2 * UNIT_BYTES
+            total, step = job.output.nbytes, 2 * _UNIT_BYTES
         case Merge(base):
             total = base.spec.shape[0]
-            step = max(1, UNIT_BYTES * total // max(base.spec.nbytes, 1))
+            step = max(1, _UNIT_BYTES * total // max(base.spec.nbytes, 1))
         case Copy() | Cast() | PatchRows():
             pass  # small, or rare enough to be one piece
     for start in range(0, total, step):

@@ -50,8 +50,8 @@ class Update:
         """`T @ x`."""
         x = x.to(self.dtype)
         inner = x if self.by_row else self.excess.unsqueeze(1) * x
-        result = torch.empty((self.shape[0], x.shape[1]), dtype=self.dtype)
-        for start, stop, weight in self._rows():
+        result = torch.zeros((self.shape[0], x.shape[1]), dtype=self.dtype)
+        for start, stop, weight in self._scaled_rows():
             torch.matmul(weight, inner, out=result[start:stop])
         if self.by_row:
             result *= self.excess.unsqueeze(1)
@@ -66,7 +66,7 @@ class Update:
         y = y.to(self.dtype)
         outer = self.excess.unsqueeze(1) * y if self.by_row else y
         result = torch.zeros((self.shape[1], y.shape[1]), dtype=self.dtype)
-        for start, stop, weight in self._rows():
+        for start, stop, weight in self._scaled_rows():
             result.addmm_(weight.T, outer[start:stop])
         if not self.by_row:
             result *= self.excess.unsqueeze(1)
@@ -75,6 +75,10 @@ class Update:
             update = self.operands.down.T @ (self.operands.up.T @ scaled)
             result += update if self.by_row else self.factor.unsqueeze(1) * update
         return result
+
+    def _scaled_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        # Of a plain LoRA's update W is no part, not even where W is NaN.
+        return iter(()) if self.operands.magnitude is None else self._rows()
 
     def _rows(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of W in the working type, numbered from the module's first row."""
@@ -102,7 +106,7 @@ class Update:
 def open_update(
     base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
 ) -> Iterator[Update]:
-    """Read the factors, and the weight once (twice for axis IN) for c and the two norms."""
+    """Read the factors and, where there is a magnitude, the weight twice: for c, and for norms."""
     dtype = work_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     by_row = piece.module.axis is MagnitudeAxis.OUT
@@ -114,7 +118,11 @@ def open_update(
         )
         if operands.magnitude is not None:
             _set_factors(update, operands.magnitude)
-        _set_norms(update)
+            _set_norms(update)
+        elif operands.up is not None and operands.down is not None:
+            up, down = operands.up.double(), operands.down.double()
+            # ||up @ down||², from the small Gram matrices.
+            update.square = max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
         yield update
 
 

@@ -98,7 +98,7 @@ def verify(
 
 def _has_layout(job: Job, file: Path, tally: _Tally) -> bool:
     """Whether the stored tensor has the type and the shape that were planned."""
-    with safe_open(str(file), framework="pt") as handle:
+    with safe_open(file, framework="pt") as handle:
         stored = handle.get_slice(job.output.name)
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
     if (dtype, shape) == (job.output.dtype.label, job.output.shape):
@@ -119,7 +119,7 @@ def _some(jobs: Sequence[Job], samples: int | None) -> Sequence[Job]:
 
 def _rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
     """Rows of a stored tensor as a matrix, by safetensors' own reader."""
-    with safe_open(str(file), framework="pt") as handle:
+    with safe_open(file, framework="pt") as handle:
         stored = handle.get_slice(name)
         if len(rows) == rows[-1] - rows[0] + 1:
             found: Tensor = stored[rows[0] : rows[-1] + 1]
@@ -151,7 +151,7 @@ def _whole(ref: TensorRef) -> Tensor:
     if isinstance(ref.source, Pickled):
         tensor = _unpickled(ref.source)
     else:
-        with safe_open(str(ref.source.file), framework="pt") as handle:
+        with safe_open(ref.source.file, framework="pt") as handle:
             tensor = handle.get_tensor(ref.stored.name)
     result: Tensor = tensor.double()
     for step in ref.view:
@@ -174,7 +174,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
     if 0 in shape:
         return
     if not shape:
-        with safe_open(str(file), framework="pt") as handle:
+        with safe_open(file, framework="pt") as handle:
             same = _same_bits(handle.get_tensor(name).reshape(1, 1), _scalar(job))
         if not same:
             tally.differences.append(f"{name}: its value differs")

@@ -21,7 +21,7 @@ from dora_convert.errors import InputError
 
 __all__ = ["FORMAT", "NvidiaFormat"]
 
-CONFIG = "adapter_config.json"
+_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _PARTS: Final = {
     "down": re.compile(r"^(?P<path>.+)\.lora_A\.weight$"),
@@ -38,15 +38,15 @@ class NvidiaFormat:
     def detect(self, bundle: Bundle) -> bool:
         """Whether magnitudes go by the reference's own name."""
         return any(".weight_m_wdecomp." in name for name in bundle.tensors) or (
-            bundle.documents.get(CONFIG, {}).get("peft_type") == "DORA"
+            bundle.documents.get(_CONFIG, {}).get("peft_type") == "DORA"
         )
 
     def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
         """See `AdapterFormat.read`."""
         problems: list[str] = []
-        if CONFIG not in bundle.documents:
-            problems.append(f"{CONFIG} is missing: it holds the scaling (lora_alpha and r)")
-        fields = Fields(bundle.documents.get(CONFIG, {}), CONFIG, problems)
+        if _CONFIG not in bundle.documents:
+            problems.append(f"{_CONFIG} is missing: it holds the scaling (lora_alpha and r)")
+        fields = Fields(bundle.documents.get(_CONFIG, {}), _CONFIG, problems)
         _check_config(fields)
         modules, plain = _sort(bundle, problems)
         if not fields.has("lora_alpha") and any("down" in parts for parts in modules.values()):
@@ -118,7 +118,7 @@ def _modules(
                 continue
             if delta.rank != rank:
                 problems.append(
-                    f"{path}: {CONFIG} says rank {rank}, the tensors have rank {delta.rank}"
+                    f"{path}: {_CONFIG} says rank {rank}, the tensors have rank {delta.rank}"
                 )
         module = _module(path, delta, vector, scaling, axis, problems)
         if module is not None:

@@ -19,6 +19,7 @@ class ModuleSums:
     """
 
     rows: int = 0
+    undefined: int = 0  # rows whose merged value is not defined
     base: float = 0.0  # sum of W^2
     update: float = 0.0  # sum of (V - W)^2, the low-rank update
     effect: float = 0.0  # sum of T^2
@@ -46,23 +47,27 @@ def block_sums(
     """
     w = torch.linalg.vector_norm(base, dim=1)
     n = torch.linalg.vector_norm(direction, dim=1)
-    used = (w > 0) & (n > 0)
     m = n if magnitude is None else magnitude
-    merged = direction * torch.where(used, m / n, torch.zeros_like(n)).unsqueeze(1)
+    undefined = int((~torch.isfinite(n) | ((n == 0) & (m != 0))).sum())
+    used = (w > 0) & (n > 0) & torch.isfinite(w) & torch.isfinite(n)
+    if not bool(used.all()):
+        base, direction, w, n, m = base[used], direction[used], w[used], n[used], m[used]
+    merged = direction * (m / n).unsqueeze(1)
     effect = merged - base
     rounded = merged.to(dtype).to(merged.dtype)
     cosine = (base * direction).sum(dim=1) / (w * n)
-    log_ratio = torch.log(m.abs() / w)[used]
+    log_ratio = torch.log(m.abs() / w)
     return ModuleSums(
-        rows=int(used.sum()),
+        rows=len(w),
+        undefined=undefined,
         base=_square(base),
         update=_square(direction - base),
         effect=_square(effect),
         noise=_square(rounded - merged),
         kept=float(((rounded - base) * effect).sum(dtype=torch.float64)),
-        magnitude_shift=_total((m - w)[used].abs()),
-        magnitude_base=_total(w[used]),
-        direction_shift=_total((1 - cosine)[used].clamp_min(0)),
+        magnitude_shift=_total((m - w).abs()),
+        magnitude_base=_total(w),
+        direction_shift=_total((1 - cosine).clamp_min(0)),
         ratio=_total(log_ratio),
         ratio_square=_total(log_ratio.square()),
     )

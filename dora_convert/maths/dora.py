@@ -37,7 +37,7 @@ class RowFaults:
         return bool(self.zero or self.nonfinite or self.overflow)
 
 
-NONE = RowFaults()
+_NONE = RowFaults()
 
 
 def add_update(rows: Tensor, up: Tensor, down: Tensor) -> None:
@@ -59,7 +59,7 @@ def scale_rows(direction: Tensor, magnitude: Tensor) -> RowFaults:
 def overflows(exact: Tensor, narrow: Tensor) -> RowFaults:
     """Finite elements that became infinite when they were narrowed to float16."""
     if narrow.dtype is not torch.float16 or bool(torch.isfinite(narrow).all()):
-        return NONE
+        return _NONE
     return RowFaults(overflow=int((torch.isfinite(exact) & ~torch.isfinite(narrow)).sum()))
 
 
@@ -81,7 +81,7 @@ def _factors(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, RowFaults]:
     low, high = torch.aminmax(norm)
     # A NaN makes both comparisons false.
     if low > 0 and high < torch.inf:
-        return factor, NONE
+        return factor, _NONE
     zero = norm == 0
     factor = torch.where(zero, torch.zeros_like(factor), factor)
     return factor, RowFaults(

@@ -69,7 +69,8 @@ def krylov_factors(operator: Operator, rank: int, generator: torch.Generator) ->
     images: list[Tensor] = []
     block = operator.times(start).double()
     for step in range(DEPTH + 1):
-        fresh = _orthonormal(block, basis)
+        # No more directions than there are left: a basis of too many would count some twice.
+        fresh = _orthonormal(block[:, : min(out, inner) - basis.shape[1]], basis)
         basis = torch.cat([basis, fresh], dim=1)
         image = operator.transposed_times(fresh).double()
         images.append(image)

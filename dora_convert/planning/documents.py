@@ -13,7 +13,7 @@ from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.plan import CarriedFile, Document, Shard, WrittenFile
 from dora_convert.core.tensors import DType, TensorSpec
-from dora_convert.planning.families import head_of, input_embedding, text_configs
+from dora_convert.planning.families import head_of, input_embedding, task_head, text_configs
 from dora_convert.planning.pack import INDEX, index_text
 from dora_convert.planning.ties import Ties
 
@@ -114,6 +114,8 @@ def _set_task(
     config: dict[str, Any], task: str, checkpoint: Checkpoint, specs: Sequence[TensorSpec]
 ) -> None:
     """The class with the head that the adapter trained, and its labels."""
+    if not any(task_head(spec.name) for spec in specs):
+        return
     suffix = _TASK_SUFFIX[task]
     names = config.get("architectures") or []
     stem = _STEM.match(names[0]) if names and isinstance(names[0], str) else None

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dora_convert.core.bundle import Json
 
 __all__ = [
+    "HEAD_TASKS",
     "head_of",
     "input_embedding",
     "is_tied",
+    "language_head",
     "model_types",
     "quantization",
     "task_head",
@@ -19,6 +21,9 @@ __all__ = [
     "transposed_leaves",
 ]
 
+# Tasks for which PEFT puts a new head on the model, which no base checkpoint holds.
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 # Layers of transformers' class Conv1D, whose weight is stored [in, out] (pytorch_utils.py).
 _CONV1D: Mapping[str, frozenset[str]] = {
     "gpt2": frozenset({"c_attn", "c_proj", "c_fc", "q_attn"}),
@@ -26,6 +31,13 @@ _CONV1D: Mapping[str, frozenset[str]] = {
     "imagegpt": frozenset({"c_attn", "c_proj", "c_fc", "q_attn"}),
     "decision_transformer": frozenset({"c_attn", "c_proj", "c_fc", "q_attn"}),
     "clvp_decoder": frozenset({"c_fc", "c_proj"}),
+}
+
+# Where a config says that its weights are quantised, and what by if it does not say.
+_QUANTIZATION = {
+    "quantization_config": "unknown",
+    "compression_config": "compressed-tensors",
+    "quantization": "mlx",
 }
 
 # The names that causal language models of transformers give to both ends.
@@ -40,6 +52,12 @@ _MASKED = ("ForMaskedLM", "ForPreTraining")
 _HEADLESS = re.compile(
     r"(Classification|QuestionAnswering|MultipleChoice|Encoder|"
     r"(?<!LMHead)(?<!DoubleHeads)(?<!Chat)Model)$"
+)
+# Where heads of language models stand in transformers' classes: BERT, RoBERTa, DistilBERT, ALBERT,
+# ELECTRA, MobileBERT.
+_HEAD_ROOTS = frozenset(
+    {"cls", "lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector", "predictions"}
+    | {"generator_predictions", "generator_lm_head", "discriminator_predictions"}
 )
 # The heads of classifiers and of extractive question answering.
 _TASK_HEADS = frozenset(
@@ -79,9 +97,10 @@ def text_configs(config: Json) -> list[str]:
 def quantization(config: Json) -> str | None:
     """The quantisation method that the config declares, if any."""
     for part in (config, *(config[key] for key in text_configs(config))):
-        declared = part.get("quantization_config")
-        if isinstance(declared, dict):
-            return str(declared.get("quant_method", "unknown"))
+        for key, default in _QUANTIZATION.items():
+            declared = part.get(key)
+            if isinstance(declared, dict):
+                return str(declared.get("quant_method", default))
     return None
 
 
@@ -93,6 +112,11 @@ def input_embedding(path: str) -> bool:
 def head_of(path: str) -> bool:
     """Whether a module path is that of an output head over the vocabulary."""
     return path.rpartition(".")[2] in _HEADS
+
+
+def language_head(name: str) -> bool:
+    """Whether a tensor belongs to the head of a language model, causal or masked."""
+    return head_of(name.removesuffix(".weight")) or name.partition(".")[0] in _HEAD_ROOTS
 
 
 def task_head(path: str) -> bool:

@@ -16,9 +16,18 @@ from dora_convert.planning.names import Unsupported
 from dora_convert.planning.resolve import Resolver, resolver
 from dora_convert.planning.stacks import Stack
 
-__all__ = ["adapter_config", "lora_layers", "lora_specs", "stack_problems", "targets"]
+__all__ = [
+    "adapter_config",
+    "affordable_rank",
+    "copy_problems",
+    "lora_layers",
+    "lora_specs",
+    "stack_problems",
+    "targets",
+]
 
 _PREFIX = "base_model.model."
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Layers that stacks fuse into one matrix: a pair for one needs pairs for all.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -45,14 +54,32 @@ def stack_problems(adapter: Adapter, stack: Stack) -> list[str]:
     problems = []
     for path, module in adapter.modules.items():
         if module.kind is LayerKind.EMBEDDING and not stack.embeddings:
-            problems.append(f"{path}: {stack.title} loads no LoRA on embeddings")
+            problems.append(f"{path}: an embedding")
         elif module.kind is LayerKind.CONVOLUTION and not stack.convolutions:
-            problems.append(f"{path}: {stack.title} loads no LoRA on convolutions")
+            problems.append(f"{path}: a convolution")
         elif head_of(path) and not stack.heads:
-            problems.append(f"{path}: {stack.title} loads no LoRA on the output head")
+            problems.append(f"{path}: an output head")
     saved = [*adapter.replaced, *(f"{path} (token rows)" for path in adapter.token_rows)]
     problems += [f"{name}: trained whole, which a LoRA cannot carry" for name in saved]
     return problems
+
+
+def copy_problems(adapter: Adapter, weights: Mapping[str, TensorRef]) -> list[str]:
+    """Modules trained on a resized weight: the base, which a LoRA is added to, has another."""
+    return [
+        f"{path}: trained on {list(module.weight.spec.shape)}, base "
+        f"{list(weights[path].spec.shape)}: a LoRA cannot resize it"
+        for path, module in adapter.modules.items()
+        if module.weight is not None
+        and path in weights
+        and module.weight.spec.shape != weights[path].spec.shape
+    ]
+
+
+def affordable_rank(layers: Iterable[LoraLayer], stack: Stack, elements: int) -> int:
+    """The largest rank that the stack takes and that all pairs can have; 0 if there is none."""
+    rank = elements // sum(sum(layer.shape) for layer in layers)
+    return rank if stack.ranks is None else max((r for r in stack.ranks if r <= rank), default=0)
 
 
 def lora_layers(
@@ -85,10 +112,11 @@ def _layer(module: DoraModule, parts: Sequence[tuple[TensorRef, Piece]]) -> Lora
 def _missing(layers: Mapping[str, LoraLayer], names: Resolver) -> Iterator[str]:
     """Paths that are not there, though other layers or fused siblings are."""
     wanted: dict[str, None] = {}
+    depths: dict[str, int] = {}
     for path, layer in layers.items():
         if layer.kind is LayerKind.LINEAR:
             for sibling in _siblings(path):
-                wanted.update(dict.fromkeys(_numbered(sibling, names)))
+                wanted.update(dict.fromkeys(_numbered(sibling, names, depths)))
     yield from (path for path in wanted if path not in layers)
 
 
@@ -98,19 +126,28 @@ def _siblings(path: str) -> list[str]:
     return [f"{parent}{dot}{name}" for name in group]
 
 
-def _numbered(path: str, names: Resolver) -> list[str]:
-    """The same path in every layer that the model has."""
-    found = re.search(r"(?<=\.)\d+(?=\.)", path)
+def _numbered(path: str, names: Resolver, depths: dict[str, int]) -> list[str]:
+    """The same path in every layer that the model has; not all layers need have it."""
+    found = _NUMBER.search(path)
     if found is None:
         return [path]
-    paths: list[str] = []
-    while names.find(f"{(p := _with(path, found, len(paths)))}.weight") is not None:
-        paths.append(p)
-    return paths
+    start, end = path[: found.start()], path[found.end() :]
+    if start not in depths:
+        depths[start] = _depth(start, names)
+    paths = (f"{start}{n}{end}" for n in range(depths[start]))
+    return [p for p in paths if names.find(f"{p}.weight") is not None]
 
 
-def _with(path: str, found: re.Match[str], number: int) -> str:
-    return f"{path[: found.start()]}{number}{path[found.end() :]}"
+def _depth(start: str, names: Resolver) -> int:
+    """One more than the largest number that follows `start` in a name."""
+    spelled = _spelled(start, names)
+    numbers = (
+        name[len(prefix) :].partition(".")[0]
+        for name in names.origins
+        for prefix in (start, spelled)
+        if name.startswith(prefix)
+    )
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
 
 def _shape(path: str, checkpoint: Checkpoint, names: Resolver) -> tuple[int, int] | None:
@@ -185,25 +222,22 @@ def adapter_config(
 def _suffixes(paths: Sequence[str], checkpoint: Checkpoint) -> list[str]:
     """The shortest ends of the paths that are the end of no other module's path."""
     known = resolver(checkpoint, paths)
-    others = {
+    # The names of adapted modules, also those that they have on disk only.
+    stored = {known.find(f"{path}.weight") for path in paths} - {None}
+    mine = {*paths, *(_spelled(path, known) for path in paths)}
+    mine |= {
         name.removesuffix(".weight")
-        for name in known.origins
-        if name.endswith(".weight") and _is_matrix(name, checkpoint)
+        for name, origin in known.origins.items()
+        if name.endswith(".weight") and origin in stored
     }
-    wanted = set(paths)
-    spelled = {_spelled(path, known) for path in paths}
-    others -= wanted | spelled
-    found = set()
-    for path in paths:
-        pieces = path.split(".")
-        ends = (".".join(pieces[-n:]) for n in range(1, len(pieces)))
-        found.add(next((end for end in ends if not _ends(others, end)), path))
-    return sorted(found)
-
-
-def _is_matrix(name: str, checkpoint: Checkpoint) -> bool:
-    stored = checkpoint.tensors.get(name)
-    return stored is None or len(stored.spec.shape) > 1
+    others: set[str] = set()
+    for path in {name.rpartition(".")[0] for name in known.origins} - mine:
+        # The modules that hold it have names too.
+        while path and path not in others:
+            others.add(path)
+            path = path.rpartition(".")[0]  # noqa: PLW2901
+    taken = {end for path in others - mine for end in _ends(path)}
+    return sorted({next((end for end in _ends(path) if end not in taken), path) for path in paths})
 
 
 def _spelled(path: str, known: Resolver) -> str:
@@ -213,5 +247,7 @@ def _spelled(path: str, known: Resolver) -> str:
     return known.added + path
 
 
-def _ends(paths: Iterable[str], end: str) -> bool:
-    return any(path == end or path.endswith("." + end) for path in paths)
+def _ends(path: str) -> list[str]:
+    """All ends of a path, the shortest first and the whole last."""
+    pieces = path.split(".")
+    return [".".join(pieces[-n:]) for n in range(1, len(pieces) + 1)]

@@ -11,6 +11,7 @@ from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenR
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.tensors import TensorRef
 from dora_convert.planning.families import (
+    HEAD_TASKS,
     head_of,
     input_embedding,
     is_tied,
@@ -21,9 +22,6 @@ from dora_convert.planning.names import Rows, Unsupported
 from dora_convert.planning.resolve import Resolver, resolver
 
 __all__ = ["Matching", "Target", "match"]
-
-# Tasks for which PEFT puts a new head on the model, which no base checkpoint holds.
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +220,7 @@ def _check_storage(
                 f"{module.path}: {part.tensor} is stored as {ref.spec.dtype.label}: "
                 "a quantised base cannot be merged into, take the 16-bit original"
             )
-    whole = len(rows) == 1 and rows[0].stop - rows[0].start == _rows_of(tensors[rows[0].tensor])
+    whole = _is_whole(rows, tensors)
     if module.axis is MagnitudeAxis.IN and not whole:
         problems.append(
             f"{module.path}: a magnitude per input needs the whole weight, but the checkpoint "
@@ -230,6 +228,10 @@ def _check_storage(
         )
     if module.weight is not None and not whole:
         problems.append(f"{module.path}: the adapter's own base weight goes with a fused tensor")
+
+
+def _is_whole(rows: tuple[Rows, ...], tensors: Mapping[str, TensorRef]) -> bool:
+    return len(rows) == 1 and rows[0].stop - rows[0].start == _rows_of(tensors[rows[0].tensor])
 
 
 def _rows_of(ref: TensorRef) -> int:
@@ -250,7 +252,7 @@ def _match_replaced(
                 hint = f"; nearest: {', '.join(near)}" if near else ""
                 matching.problems.append(f"{name}: the base has no such tensor{hint}")
             continue
-        if isinstance(origin, Unsupported) or len(origin) != 1:
+        if isinstance(origin, Unsupported) or not _is_whole(origin, checkpoint.tensors):
             matching.problems.append(f"{name}: the checkpoint stores it cut or fused")
             continue
         stored = checkpoint.tensors[origin[0].tensor]

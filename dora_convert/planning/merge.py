@@ -9,7 +9,7 @@ from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.plan import Cast, Copy, Job, Merge, Op, PatchRows, Piece
 from dora_convert.core.tensors import DType, TensorRef
-from dora_convert.planning.families import head_of
+from dora_convert.planning.families import HEAD_TASKS, language_head, task_head
 from dora_convert.planning.match import Matching, Target
 from dora_convert.planning.ties import Ties
 
@@ -94,7 +94,10 @@ def _created(checkpoint: Checkpoint, matching: Matching, ties: Ties) -> list[tup
         if name not in checkpoint.tensors:
             created.append((name, Copy(ref), ""))
     if ties.head is not None and ties.source is not None:
-        created.append((ties.head, Copy(checkpoint.tensors[ties.source]), ties.source))
+        # The values before the merge, as the trainer had them.
+        own = [t.module.weight for t in matching.targets if t.rows[0].tensor == ties.source]
+        shared = next(iter(own), None) or checkpoint.tensors[ties.source]
+        created.append((ties.head, Copy(shared), ties.source))
     return created
 
 
@@ -124,9 +127,11 @@ def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType 
 
 def _dropped_heads(adapter: Adapter, checkpoint: Checkpoint, matching: Matching) -> frozenset[str]:
     """A classifier has no language model head: transformers would report it as unexpected."""
-    if adapter.task not in ("SEQ_CLS", "TOKEN_CLS") or not matching.replaced:
+    if adapter.task not in HEAD_TASKS or not any(map(task_head, matching.replaced)):
         return frozenset()
-    heads = frozenset(n for n in checkpoint.tensors if head_of(n.removesuffix(".weight")))
+    changed = {row.tensor for target in matching.targets for row in target.rows}
+    changed |= matching.replaced.keys() | matching.patches.keys()
+    heads = frozenset(n for n in checkpoint.tensors if language_head(n) and n not in changed)
     if heads:
         matching.notes.append(f"{', '.join(sorted(heads))} left out: the adapter is a classifier")
     return heads

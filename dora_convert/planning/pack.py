@@ -23,6 +23,8 @@ def own_shards(outputs: Outputs, shards: Mapping[str, str]) -> tuple[Shard, ...]
     kept = {file: jobs for file, jobs in files.items() if jobs}
     if len(kept) == 1:
         return (Shard(_SINGLE, tuple(next(iter(kept.values())))),)
+    if len(kept) < len(files):
+        return _numbered(list(kept.values()))
     return tuple(Shard(_safetensors_name(file), tuple(jobs)) for file, jobs in kept.items())
 
 

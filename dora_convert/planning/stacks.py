@@ -18,9 +18,8 @@ class Stack:
 
     `ranks`: allowed stored ranks, None for any. `advised`: ranks above it are served badly or not
     at all by default. `patterns`: it reads rank_pattern and alpha_pattern. `embeddings`, `heads`,
-    `convolutions`: it loads LoRA on such layers. `saved`: it loads modules that were trained whole.
-    `complete`: a target must be there in every layer, and with its fused siblings. `launch`: what
-    to pass to the server.
+    `convolutions`: it loads LoRA on such layers. `complete`: a target must be there in every layer,
+    and with its fused siblings. `launch`: what to pass to the server.
     """
 
     title: str
@@ -30,7 +29,6 @@ class Stack:
     embeddings: bool = False
     heads: bool = False
     convolutions: bool = False
-    saved: bool = False
     complete: bool = True
     launch: str = ""
 
@@ -38,7 +36,7 @@ class Stack:
 STACKS: Mapping[str, Stack] = MappingProxyType(
     {
         # The least of all the others: what no stack misreads.
-        "any": Stack("every stack below"),
+        "any": Stack("every stack", advised=64),
         # vllm/lora/peft_helper.py, lora_model.py (0.32)
         "vllm": Stack(
             "vLLM 0.32 and later",
@@ -72,7 +70,6 @@ STACKS: Mapping[str, Stack] = MappingProxyType(
             embeddings=True,
             heads=True,
             convolutions=True,
-            saved=True,
             complete=False,
         ),
     }

@@ -12,7 +12,7 @@ from dora_convert.core.tensors import TensorRef
 __all__ = ["inspection"]
 
 T = TypeVar("T", bound=Any)
-Measure = Callable[[Sequence[str]], Figures | None]
+_Measure = Callable[[Sequence[str]], Figures | None]
 
 
 def inspection(
@@ -20,7 +20,7 @@ def inspection(
     *,
     name: str,
     base: str | None = None,
-    measure: Measure = lambda _: None,
+    measure: _Measure = lambda _: None,
     per_module: bool = False,
     notes: Sequence[str] = (),
 ) -> Inspection:
@@ -47,7 +47,7 @@ def inspection(
     )
 
 
-def _group(name: str, modules: Sequence[DoraModule], measure: Measure) -> Group:
+def _group(name: str, modules: Sequence[DoraModule], measure: _Measure) -> Group:
     return Group(
         name=name,
         modules=len(modules),

@@ -39,9 +39,11 @@ _MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]\w*")
 _OTHER_RUNTIMES = frozenset({"onnx", "openvino", "original", "coreml"})
 
 
-def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, allow_pickle: bool = False, role: str = "base model"
+) -> Checkpoint:
     """Read the headers and the config of the base model at `path`, a folder or one file."""
-    require_path(path, "base model")
+    require_path(path, role)
     with reading(path):
         folder = path.is_dir()
         root = path if folder else path.parent

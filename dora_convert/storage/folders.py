@@ -8,7 +8,15 @@ from pathlib import Path
 
 from dora_convert.errors import InputError
 
-__all__ = ["contents", "is_plain_name", "leaves", "list_files", "require_inside", "require_path"]
+__all__ = [
+    "contents",
+    "is_hub_name",
+    "is_plain_name",
+    "leaves",
+    "list_files",
+    "require_inside",
+    "require_path",
+]
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -18,9 +26,14 @@ def require_path(path: Path, kind: str) -> None:
     name = str(path)
     if "\0" not in name and os.path.exists(path):  # noqa: PTH110 - false, not an error, in all cases
         return
-    is_repo = _REPO_ID.fullmatch(name) is not None
-    hint = f"Download it first: hf download {name} --local-dir {path.name}" if is_repo else ""
+    known = is_hub_name(name)
+    hint = f"Download it first: hf download {name} --local-dir {path.name}" if known else ""
     raise InputError(f"there is no {kind} at {name}", where=name, hint=hint)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a text reads like a repository of the Hub, `org/name`."""
+    return _REPO_ID.fullmatch(name) is not None
 
 
 def is_plain_name(name: str) -> bool:

@@ -28,6 +28,10 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 def check_output(out: Path, *, inputs: Sequence[Path], overwrite: bool) -> None:
     """Raise OutputError for all that would stop a run at its end, before it begins."""
     real = _real(out)
+    for path in (real, *inputs):
+        if not _is_utf8(path):
+            what = f"the path {os.fsencode(path)!r} is not valid UTF-8"
+            raise OutputError(what, hint="Rename the folder: safetensors cannot open it.")
     for place in (real, _partial(real)):
         _check_apart(out, place, inputs)
     with writing(out):
@@ -117,6 +121,14 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _real(out: Path) -> Path:

@@ -301,7 +301,7 @@ def test_base_that_is_not_finite(box: Sandbox) -> None:
     base[f"{Q0}.weight"][5, 7] = torch.nan
     base[f"{Q0}.weight"][6, 0] = torch.inf
     box.save_base(base)
-    box.refused(4, f"{Q0}.weight: 2 rows are NaN or infinite in the base")
+    box.refused(4, f"{Q0}.weight: 2 rows are NaN or infinite, in the base")
 
 
 @pytest.fixture
@@ -515,7 +515,7 @@ def test_usage(run: Callable[..., Result], arguments: list[str], words: list[str
     result = run(*arguments)
     assert result.code == 2
     assert result.out == ""
-    assert "--help" in result.err
+    assert "for help." in result.err
     for word in words:
         assert word in result.err
 

@@ -332,6 +332,7 @@ def test_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
         files=("x",),
         notes=(),
         seconds={"a": torch.inf, "b": 1.5},
+        dry_run=False,
         verification=None,
     )
     show_json("merge", report)

@@ -129,13 +129,15 @@ def test_inspect_selection(box: Sandbox, run: Callable[..., Result]) -> None:
     assert "Note: 3 of 4 modules left out by --include and --exclude" in result.err
 
 
-def test_inspect_json_has_no_nan(box: Sandbox, run: Callable[..., Result]) -> None:
+def test_inspect_counts_rows_that_merge_will_refuse(
+    box: Sandbox, run: Callable[..., Result]
+) -> None:
     base = box.load_base()
     base[f"{MODULES[0]}.weight"][0, 0] = torch.nan
     box.save_base(base)
     result = run("inspect", box.adapter, "-b", box.base, "--json")
-    assert "NaN" not in result.out
-    assert result.json["total"]["effect"] is None
+    assert result.json["total"]["effect"] > 0  # of the rows that have one
+    assert any("1 rows of 1 modules" in text for text in result.json["notes"])
 
 
 def test_columns_fit_a_terminal() -> None:

@@ -65,7 +65,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.total = 0
         self.files: list[str] = []
+
+    def started(self, nbytes: int) -> None:
+        self.total = nbytes
 
     def advanced(self, nbytes: int) -> None:
         self.nbytes += nbytes

@@ -552,6 +552,7 @@ def test_initialisations_that_do_not(init: Any) -> None:
         ("arrow_config", {"top_k": 3}),
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {"beta": 1}),
+        ("target_parameters", ["mlp.experts.down_proj"]),
         ("monteclora_config", {"num_samples": 2}),
     ],
 )

@@ -21,6 +21,7 @@ from transformers import (
     BertModel,
     CLIPVisionConfig,
     DistilBertConfig,
+    DistilBertForMaskedLM,
     DistilBertForSequenceClassification,
     DistilBertModel,
     LlamaConfig,
@@ -208,6 +209,14 @@ def test_resized_vocabulary(lora: dict[str, Any], tied: bool, tmp_path: Path) ->
     assert config_of(tmp_path / "out")["vocab_size"] == 103
 
 
+def test_resized_input_of_a_tied_model(tmp_path: Path) -> None:
+    """The head is the larger shared weight as it was, of which the file holds a copy."""
+    model = MAKER.llama(12, tied=True)
+    lora = {"target_modules": ["embed_tokens", "q_proj"]}
+    trained = train(tmp_path, model, tokens(103), prepare=grown, **lora)
+    check(trained, tmp_path / "out", AutoModelForCausalLM)
+
+
 def test_resized_vocabulary_with_a_head_that_was_not_saved(tmp_path: Path) -> None:
     """PEFT leaves the larger head out of the file: what it was cannot be known."""
     model = MAKER.llama(12)
@@ -273,12 +282,13 @@ def test_token_classifier(tmp_path: Path) -> None:
     check(trained, tmp_path / "out", AutoModelForTokenClassification)
 
 
-def test_classifier_with_two_layers_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cls", [DistilBertModel, DistilBertForMaskedLM])
+def test_classifier_with_two_layers_of_its_own(cls: Any, tmp_path: Path) -> None:
     """DistilBERT: PEFT's `classifier` also means `pre_classifier`, which says no label count."""
     torch.manual_seed(16)
     config = DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=40, vocab_size=96)
     base = tmp_path / "base"
-    DistilBertModel(config).save_pretrained(base)
+    cls(config).save_pretrained(base)
     with quiet():
         model = DistilBertForSequenceClassification.from_pretrained(base, num_labels=3)
     lora = {"target_modules": ["q_lin", "v_lin"], "task_type": "SEQ_CLS"}

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
+from dora_convert.core import assembly
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, TokenRows
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.plan import Merge
 from dora_convert.core.tensors import DType
 from dora_convert.planning.match import Matching, match
-from dora_convert.planning.names import Rows
+from dora_convert.planning.names import Rows, module_tensors
 from dora_convert.planning.planner import plan_merge
 
 from ..core.values import adapter, checkpoint, dora, magnitude_only, ref
@@ -157,10 +158,6 @@ def test_two_names_for_the_same_rows_are_no_choice() -> None:
 # Stored in other pieces than the module
 
 
-FUSED = {
-    "model_type": "phimoe",
-    "architectures": ["PhimoeForCausalLM"],
-}
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 
 
@@ -180,6 +177,16 @@ def test_conversion_that_cannot_be_done_by_rows() -> None:
     assert fits(adapter(dora(single, 12, 8)), base).targets[0].rows[0].tensor == f"{single}.weight"
 
 
+def test_rows_in_another_order() -> None:
+    """The rotary embedding of the stored weights pairs other rows than the module's does."""
+    base = checkpoint({"x.self_attn.in_proj.weight": (24, 8)}, {"model_type": "gradium_phonon_tts"})
+    for part in "qk":
+        told = only_problem(adapter(dora(f"x.self_attn.{part}_proj", 8, 8)), base)
+        assert "reordering the rows" in told
+    (target,) = fits(adapter(dora("x.self_attn.v_proj", 8, 8)), base).targets
+    assert target.rows == (Rows("x.self_attn.in_proj.weight", 16, 24),)
+
+
 GTE = {"model_type": "gte", "architectures": ["GteModel"], "num_attention_heads": 2}
 
 
@@ -193,15 +200,11 @@ def gte() -> Checkpoint:
 
 def fused_parts() -> tuple[str, list[str]]:
     """Module names of the three parts, by asking for them."""
-    from dora_convert.planning.names import module_tensors
-
     base = gte()
     shapes = {name: r.spec.shape for name, r in base.tensors.items()}
     found = module_tensors(base.config, shapes)
     cut = [n for n, o in found.items() if isinstance(o, tuple) and o[0].stop - o[0].start == 8]
-    return "encoder.layer.0.attention.qkv_proj.weight", sorted(
-        n for n in cut if "o_proj" not in n
-    )
+    return "encoder.layer.0.attention.qkv_proj.weight", sorted(n for n in cut if "o_proj" not in n)
 
 
 def test_parts_of_a_fused_tensor() -> None:
@@ -310,11 +313,9 @@ def test_convolution(kernel: tuple[int, ...]) -> None:
 
 
 def convolution(path: str, out: int, inner: int, *kernel: int) -> DoraModule:
-    from dora_convert.core.assembly import convolution as assembled
-
     ones = (1,) * len(kernel)
     problems: list[str] = []
-    delta = assembled(
+    delta = assembly.convolution(
         path, ref("A", 4, inner, *kernel), ref("B", out, 4, *ones), problems
     )
     assert problems == []

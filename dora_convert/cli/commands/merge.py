@@ -63,7 +63,12 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
     show_default=True,
     help="Recompute so much of the result before it appears.",
 )
-@click.option("-n", "--dry-run", is_flag=True, help="Check everything, write nothing.")
+@click.option(
+    "-n",
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, the base's rows too, and write nothing.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary.")
 @json_option

@@ -51,7 +51,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
     "--max-residual", type=_SHARE, metavar="F", help="The least rank that misses at most this."
 )
 @click.option(
-    "--budget", type=nbytes, metavar="SIZE", help="Spread this many bytes over all modules."
+    "--budget", type=nbytes, metavar="SIZE", help="The largest ranks that fit in this many bytes."
 )
 @click.option(
     "--max-rank",
@@ -81,7 +81,14 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
     show_default=True,
     help="Type of the factors.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random start.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="N",
+    default=0,
+    show_default=True,
+    help="Of the random start.",
+)
 @workers_option
 @click.option("--per-module", is_flag=True, help="List every module.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
