@@ -244,10 +244,8 @@ def _notes(
     empty = sum(layer.empty for layer in layers)
     if empty:
         notes.append(f"{empty} pairs of zeros added: some stacks need every layer to be there")
-    allowed = choice.max_residual
-    if choice.energy is not None:
-        allowed = math.sqrt(1 - choice.energy)
-    if allowed is not None:
+    if choice.share is not None:
+        allowed = math.sqrt(1 - choice.share)
         short = sum(module.residual > allowed * (1 + 1e-6) + 1e-7 for module in modules)
         if short:
             notes.append(f"{short} modules would need a rank above {choice.ceiling} for that")

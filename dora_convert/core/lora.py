@@ -25,6 +25,11 @@ class RankChoice:
     budget: int | None = None
     ceiling: int = 512
 
+    @property
+    def share(self) -> float | None:
+        """The share of ||T||² to keep, where that is what decides."""
+        return self.energy if self.max_residual is None else 1 - self.max_residual**2
+
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:

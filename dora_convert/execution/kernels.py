@@ -19,7 +19,16 @@ from dora_convert.storage.opening import opened
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["BLOCK_BYTES", "Buffers", "Operands", "Output", "run_unit", "sum_columns", "work_dtype"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Buffers",
+    "Operands",
+    "Output",
+    "figure_dtype",
+    "run_unit",
+    "sum_columns",
+    "work_dtype",
+]
 
 # A block and its float32 copy stay in a core's cache: measured best from 0.5 to 2 MB.
 BLOCK_BYTES = 1 << 20
@@ -91,9 +100,19 @@ class Output:
     factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def work_dtype(dtype: DType) -> torch.dtype:
-    """float64 for a base of 32 bits or more, so that one rounding is all that is lost."""
-    return torch.float64 if dtype in (DType.F32, DType.F64) else torch.float32
+def work_dtype(*kinds: DType) -> torch.dtype:
+    """What a merge between these types is computed in.
+
+    float32 has sixteen bits more than bfloat16, enough to round it right. It has too few for
+    float16, where one element in three thousand would be rounded the other way, and none to spare
+    for float32 itself.
+    """
+    return torch.float32 if set(kinds) == {DType.BF16} else torch.float64
+
+
+def figure_dtype(kind: DType) -> torch.dtype:
+    """What norms, sums and spectra of a weight are computed in, where no bit is written."""
+    return torch.float64 if kind in (DType.F32, DType.F64) else torch.float32
 
 
 def run_unit(unit: Unit, out: Output) -> RowFaults:
@@ -119,7 +138,7 @@ def sum_columns(unit: Unit, reader: Reader, buffers: Buffers) -> Tensor:
     """First pass over an IN job: squared norms of V's columns over the unit's rows, `[in]`."""
     assert isinstance(unit.job.op, Merge)
     base, (piece,) = unit.job.op.base, unit.job.op.pieces
-    dtype = work_dtype(base.spec.dtype)
+    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     operands = Operands.load(reader, piece, unit.start, unit.stop, dtype)
     total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
     for start, _, direction in _directions(unit, base, operands, reader, buffers):
@@ -132,7 +151,7 @@ def _directions(
     unit: Unit, base: TensorRef, operands: Operands, reader: Reader, buffers: Buffers
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Blocks `(start, stop, V)` of a unit that one module covers."""
-    dtype = work_dtype(base.spec.dtype)
+    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     with reader.rows(base) as blocks:
         for start, stop in _spans(unit.start, unit.stop, base):
             raw = buffers.take("raw", base.spec.nbytes // base.spec.shape[0] * (stop - start))
@@ -168,7 +187,10 @@ def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -
     """Rows of one piece, or of none: those are the base's own."""
     faults = RowFaults()
     name, columns = unit.job.output.name, base.spec.shape[1]
-    dtype, narrow_type = work_dtype(base.spec.dtype), TORCH[unit.job.output.dtype]
+    dtype, narrow_type = (
+        work_dtype(base.spec.dtype, unit.job.output.dtype),
+        TORCH[unit.job.output.dtype],
+    )
     operands = Operands(None, None, None)
     if piece is not None:
         operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)

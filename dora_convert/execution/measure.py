@@ -12,7 +12,7 @@ from dora_convert.core.adapter import MagnitudeAxis
 from dora_convert.core.plan import Merge, Piece, Plan
 from dora_convert.core.reports import Figures
 from dora_convert.core.tensors import DType, TensorRef
-from dora_convert.execution.kernels import Operands, work_dtype
+from dora_convert.execution.kernels import Operands, figure_dtype
 from dora_convert.execution.threads import in_threads
 from dora_convert.maths.compare import ModuleSums, block_sums
 from dora_convert.maths.dora import add_update
@@ -84,7 +84,7 @@ def _rounding(dtype: DType) -> torch.dtype:
 
 def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) -> ModuleSums:
     sums = ModuleSums()
-    dtype = work_dtype(base.spec.dtype)
+    dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     row_bytes = base.spec.nbytes // base.spec.shape[0]
     step = max(1, _BLOCK // row_bytes)
@@ -103,7 +103,7 @@ def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) 
 def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) -> ModuleSums:
     """Axis IN: a panel of columns at a time, turned into rows."""
     sums = ModuleSums()
-    dtype = work_dtype(base.spec.dtype)
+    dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, 0, base.spec.shape[0], dtype)
     assert operands.magnitude is not None
     rows, columns = base.spec.shape

@@ -155,7 +155,7 @@ def _approximate(
     by_magnitude = sum(update.by_magnitude for update in updates)
     limit = min(*operator.shape, choice.rank if choice.rank is not None else choice.ceiling)
     # An open-ended choice starts small and doubles: most modules need little.
-    rank = limit if choice.rank is not None or choice.budget is not None else min(32, limit)
+    rank = limit if choice.share is None else min(32, limit)
     while True:
         if exact or spans_everything(operator.shape, rank):
             whole = exact_factors(operator)
@@ -165,14 +165,7 @@ def _approximate(
         else:
             factors = krylov_factors(operator, rank, generator)
         spectrum = Spectrum(path, operator.shape, factors.singular, square, by_magnitude)
-        if rank >= limit or _is_enough(spectrum, choice):
+        enough = choice.share is None or spectrum.least_rank(choice.share) is not None
+        if rank >= limit or enough:
             return factors, spectrum
         rank = min(2 * rank, limit)
-
-
-def _is_enough(spectrum: Spectrum, choice: RankChoice) -> bool:
-    if choice.energy is not None:
-        return spectrum.least_rank(choice.energy) is not None
-    if choice.max_residual is not None:
-        return spectrum.least_rank(1 - choice.max_residual**2) is not None
-    return True

@@ -20,11 +20,7 @@ def choose_ranks(
     ranks = {}
     for path, spectrum in spectra.items():
         computed = len(spectrum.singular)
-        needed: int | None = choice.rank
-        if choice.energy is not None:
-            needed = spectrum.least_rank(choice.energy)
-        elif choice.max_residual is not None:
-            needed = spectrum.least_rank(1 - choice.max_residual**2)
+        needed = choice.rank if choice.share is None else spectrum.least_rank(choice.share)
         ranks[path] = computed if needed is None else min(needed, computed)
     return ranks
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dora_convert.core.adapter import MagnitudeAxis
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
-from dora_convert.execution.kernels import BLOCK_BYTES, Buffers, Operands, work_dtype
+from dora_convert.execution.kernels import BLOCK_BYTES, Buffers, Operands, figure_dtype
 from dora_convert.maths.dora import RowFaults, column_factors, square_sums
 from dora_convert.storage.reader import Reader, RowBlocks
 
@@ -107,7 +107,7 @@ def open_update(
     base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
 ) -> Iterator[Update]:
     """Read the factors and, where there is a magnitude, the weight twice: for c, and for norms."""
-    dtype = work_dtype(base.spec.dtype)
+    dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     by_row = piece.module.axis is MagnitudeAxis.OUT
     length = piece.stop - piece.start if by_row else base.spec.shape[1]

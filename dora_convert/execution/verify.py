@@ -182,7 +182,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
     columns = math.prod(shape[1:])
     for rows in _spans(shape[0], columns, samples):
         got = _rows_of(file, name, rows)
-        expected = _expected_rows(job, rows).to(got.dtype)
+        expected = _expected_rows(job, rows, got.dtype)
         tally.compared += got.numel() * got.dtype.itemsize
         if not _same_bits(got, expected):
             wrong = sum(not _same_bits(a, b) for a, b in zip(got, expected, strict=True))
@@ -196,16 +196,16 @@ def _scalar(job: Job) -> Tensor:
     return _whole(job.op.source).reshape(1, 1)
 
 
-def _expected_rows(job: Job, rows: Sequence[int]) -> Tensor:
+def _expected_rows(job: Job, rows: Sequence[int], kind: torch.dtype) -> Tensor:
     match job.op:
         case Copy(source) | Cast(source):
-            return _source_rows(source, rows)
+            return _source_rows(source, rows).to(kind)
         case PatchRows(base, patch):
-            expected = _source_rows(base, rows).clone()
+            expected = _source_rows(base, rows).to(kind, copy=True)
             trained = _whole(patch.rows)
             for i, index in enumerate(patch.indices):
                 if index in rows:
-                    expected[rows.index(index)] = trained[i].to(expected.dtype)
+                    expected[rows.index(index)] = trained[i].to(kind)
             return expected
         case Merge():
             raise AssertionError(job)

@@ -53,12 +53,26 @@ def documents(
     found |= {name: CarriedFile(name, path) for name, path in (overrides or {}).items()}
     specs = [spec for shard in shards for spec in shard.specs]
     config = repaired_config(adapter, checkpoint, specs, ties, dtype=dtype)
-    if config != checkpoint.config:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        found["config.json"] = WrittenFile("config.json", text)
+    # A base that was given as one file carries nothing along, but has a config all the same.
+    if config != checkpoint.config or (config and "config.json" not in found):
+        found["config.json"] = WrittenFile("config.json", _text(config))
     if len(shards) > 1:
         found[INDEX] = WrittenFile(INDEX, index_text(shards))
     return tuple(found[name] for name in sorted(found))
+
+
+def _text(config: Json) -> str:
+    """The config as a person reads it; in ASCII if it holds what UTF-8 cannot, half a pair."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return text if _is_unicode(text) else json.dumps(config, indent=2) + "\n"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def repaired_config(

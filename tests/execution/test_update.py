@@ -56,9 +56,7 @@ def check(update: Update, dense: Tensor, low_rank: Tensor, tolerance: float) -> 
     assert not update.faults
 
 
-def compare(
-    base: TensorRef, weight: Tensor, made: DoraModule, tensors: dict[str, Tensor]
-) -> None:
+def compare(base: TensorRef, weight: Tensor, made: DoraModule, tensors: dict[str, Tensor]) -> None:
     dim = 1 if made.axis is OUT else 0
     merged = exact(weight, **tensors, dim=dim)
     low_rank = 0.5 * tensors["up"].double() @ tensors["down"].double()
@@ -120,9 +118,7 @@ def test_magnitude_only(store: Store, axis: MagnitudeAxis, dtype: torch.dtype) -
     merged = exact(weight, **tensors, dim=1 if axis is OUT else 0, scaling=0.0)
     dense = merged - weight.double()
     with open_update(store(w=weight)["w"], Piece(0, 20, made), Reader(), Buffers()) as update:
-        check(
-            update, dense, torch.zeros_like(dense), 1e-12 if dtype is torch.float32 else 2e-5
-        )
+        check(update, dense, torch.zeros_like(dense), 1e-12 if dtype is torch.float32 else 2e-5)
 
 
 def test_no_change_at_all(store: Store) -> None:

@@ -13,10 +13,11 @@ from dora_convert.core.adapter import MagnitudeAxis, TokenRows
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan
 from dora_convert.core.reports import Verification
 from dora_convert.core.tensors import DType
+from dora_convert.execution.run import run
 from dora_convert.execution.verify import verify
 from dora_convert.storage.pickled import read_pickle_header
 
-from .conftest import Store, exact, module, plan_of
+from .conftest import Recorder, Store, exact, module, plan_of
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -145,3 +146,29 @@ def test_zero_rows_stay_zero(tmp_path: Path, store: Store) -> None:
     assert check(plan, {"w": right}, tmp_path).differences == ()
     right[1, 0] = torch.nan
     assert check(plan, {"w": right}, tmp_path).differences
+
+
+@pytest.mark.parametrize("output", [DType.F32, DType.F16, DType.BF16])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_the_kernel_writes_passes_in_every_pair_of_types(
+    tmp_path: Path, store: Store, base: torch.dtype, output: DType
+) -> None:
+    weight, table = random(96, 80, seed=1).to(base), random(12, 5, seed=2).to(base)
+    stored = store(w=weight, t=table)
+    refs = store(
+        "a.safetensors",
+        up=random(96, 4, seed=3),
+        down=random(4, 80, seed=4),
+        m=random(96, seed=5).abs() + 1,
+        rows=random(2, 5, seed=6),
+    )
+    plan = plan_of(
+        {
+            "w": (Merge(stored["w"], (Piece(0, 96, module(refs)),)), output, (96, 80)),
+            "t": (PatchRows(stored["t"], TokenRows((7, 0), refs["rows"])), output, (12, 5)),
+        }
+    )
+    (tmp_path / "out").mkdir()
+    run(plan, tmp_path / "out", workers=1, listener=Recorder())
+    files = dict.fromkeys(("w", "t"), tmp_path / "out" / "model.safetensors")
+    assert verify(plan, files, samples=None).differences == ()

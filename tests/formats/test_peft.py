@@ -132,6 +132,10 @@ def test_unknown_tensor_and_how_to_leave_it_out() -> None:
     assert list(FORMAT.read(without(held, ["*.lora_diag"])).modules) == [Q]
 
 
+def test_nothing_in_it() -> None:
+    assert "holds no LoRA or DoRA module" in only_problem({})
+
+
 # Tensors
 
 

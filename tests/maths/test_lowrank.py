@@ -59,11 +59,11 @@ def check_orthonormal(factors: Factors, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.003, 0.02, 0.1])
-@pytest.mark.parametrize("shape", [(400, 320), (260, 700), (512, 512)])
+@pytest.mark.parametrize("shape", [(320, 280), (260, 400)])
 def test_krylov_is_within_a_fifth_of_a_percent(shape: tuple[int, int], spread: float) -> None:
     matrix = update(*shape, spread=spread)
     values = torch.linalg.svdvals(matrix)
-    for rank in (1, 4, 8, 9, 16, 32, 50):
+    for rank in (1, 4, 8, 9, 20, 50):
         assert not spans_everything(shape, rank)
         factors = krylov_factors(Matrix(matrix), rank, seeded())
         assert len(factors.singular) == rank

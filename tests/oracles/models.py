@@ -73,7 +73,6 @@ class Trained:
     adapter: Path
     inputs: dict[str, Tensor]
     outputs: Tensor
-    base_outputs: Tensor | None = None
 
 
 def train(

@@ -123,9 +123,8 @@ def test_full_rank_is_the_merge(
     seen = set()
     for path, update in pairs(tensors):
         weight, goal = find(base, path), find(expected, path)
-        if name.startswith("gpt2"):
-            update = update.T
-        error = float((weight + update - goal).norm() / goal.norm())
+        change = update.T if name.startswith("gpt2") else update
+        error = float((weight + change - goal).norm() / goal.norm())
         # PEFT merges into the 16-bit weight, and rounds there.
         assert error < (4e-3 if name == "llama_bf16" else 1e-5), path
         seen.add(path)
@@ -238,8 +237,9 @@ def test_narrow_factors(dtype: DType, kind: torch.dtype, tmp_path: Path) -> None
     report, tensors = run("llama_qv", tmp_path / "lora", "any", dtype=dtype)
     assert {t.dtype for t in tensors.values()} == {kind}
     assert report.nbytes == sum(t.nbytes for t in tensors.values())
-    base, expected = read(PEFT / "llama_qv" / "base"), load_file(
-        PEFT / "llama_qv" / "expected.safetensors"
+    base, expected = (
+        read(PEFT / "llama_qv" / "base"),
+        load_file(PEFT / "llama_qv" / "expected.safetensors"),
     )
     for path, update in pairs(tensors):
         goal = find(expected, path) - find(base, path)

@@ -250,7 +250,11 @@ def test_config() -> None:
 @pytest.mark.parametrize(
     ("layer", "down", "up"),
     [
-        (LoraLayer("p", LayerKind.LINEAR, (5, 7)), ("lora_A.weight", (8, 7)), ("lora_B.weight", (5, 8))),
+        (
+            LoraLayer("p", LayerKind.LINEAR, (5, 7)),
+            ("lora_A.weight", (8, 7)),
+            ("lora_B.weight", (5, 8)),
+        ),
         (
             LoraLayer("p", LayerKind.EMBEDDING, (20, 6)),
             ("lora_embedding_A", (8, 20)),
