@@ -20,14 +20,18 @@ OWN = ("RssAnon:", "RssShmem:")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`own_peak` is memory backed by no file: mapped inputs, which the kernel may drop, are out."""
+    """`own_peak` is memory backed by no file: mapped inputs, which the kernel may drop, are out.
+
+    It is 0 where it was not sampled: reading a process's status holds up its page faults, so what
+    is timed is not looked at.
+    """
 
     seconds: float
     own_peak: int  # bytes
     stdout: str
 
 
-def run(command: Sequence[str | Path]) -> Measured:
+def run(command: Sequence[str | Path], *, sampled: bool = False) -> Measured:
     """Run to the end; exits with its stderr if it fails."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -36,10 +40,12 @@ def run(command: Sequence[str | Path]) -> Measured:
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
         )
         sampler = _Sampler(process.pid)
-        sampler.start()
+        if sampled:
+            sampler.start()
         code = process.wait()
         seconds = time.perf_counter() - start
-        sampler.join()
+        if sampled:
+            sampler.join()
         out.seek(0)
         err.seek(0)
         if code:
