@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer
 
 from dora_convert import api
 
@@ -30,9 +32,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_embeddings(base: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModel, AutoTokenizer
-
     api.merge(ADAPTER, tmp_path / "out", base=base)
     tokens = AutoTokenizer.from_pretrained(base)(TEXTS, padding=True, return_tensors="pt")
     mask = tokens["attention_mask"].unsqueeze(2)
