@@ -88,6 +88,12 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.bits // 8
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis; 0 where there is none."""
+        rows = self.shape[0] if self.shape else 1
+        return self.nbytes // rows if rows else 0
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -158,6 +164,11 @@ class TensorRef:
         return replace(
             self, spec=replace(self.spec, shape=shape), view=(*self.view, Reshaped(shape))
         )
+
+    def matrix(self) -> TensorRef:
+        """The same elements as `[rows, columns]`, all axes but the first flattened."""
+        rows = self.spec.shape[0] if self.spec.shape else 1
+        return self.reshaped(rows, self.spec.numel // max(rows, 1))
 
     def renamed(self, name: str) -> TensorRef:
         """The same tensor under another name."""

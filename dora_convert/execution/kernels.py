@@ -141,8 +141,7 @@ def sum_columns(unit: Unit, reader: Reader, buffers: Buffers) -> Tensor:
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     operands = Operands.load(reader, piece, unit.start, unit.stop, dtype)
     total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
-    for start, _, direction in _directions(unit, base, operands, reader, buffers):
-        assert start >= unit.start
+    for _, _, direction in _directions(unit, base, operands, reader, buffers):
         total += square_sums(direction)
     return total
 
@@ -153,19 +152,13 @@ def _directions(
     """Blocks `(start, stop, V)` of a unit that one module covers."""
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     with reader.rows(base) as blocks:
-        for start, stop in _spans(unit.start, unit.stop, base):
-            raw = buffers.take("raw", base.spec.nbytes // base.spec.shape[0] * (stop - start))
+        for start, stop in blocks.spans(unit.start, unit.stop, BLOCK_BYTES):
+            raw = buffers.take("raw", base.spec.row_bytes * (stop - start))
             work, _ = buffers.matrix("work", stop - start, base.spec.shape[1], dtype)
             work.copy_(blocks.read(start, stop, raw))
             if operands.up is not None and operands.down is not None:
                 add_update(work, operands.up[start - unit.start : stop - unit.start], operands.down)
             yield start, stop, work
-
-
-def _spans(start: int, stop: int, base: TensorRef) -> Iterator[tuple[int, int]]:
-    rows = max(1, BLOCK_BYTES * base.spec.shape[0] // max(base.spec.nbytes, 1))
-    for first in range(start, stop, rows):
-        yield first, min(first + rows, stop)
 
 
 def _merge(unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], out: Output) -> RowFaults:
@@ -187,10 +180,8 @@ def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -
     """Rows of one piece, or of none: those are the base's own."""
     faults = RowFaults()
     name, columns = unit.job.output.name, base.spec.shape[1]
-    dtype, narrow_type = (
-        work_dtype(base.spec.dtype, unit.job.output.dtype),
-        TORCH[unit.job.output.dtype],
-    )
+    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
+    narrow_type = TORCH[unit.job.output.dtype]
     operands = Operands(None, None, None)
     if piece is not None:
         operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)
@@ -234,16 +225,14 @@ def _copy(unit: Unit, source: TensorRef, out: Output) -> None:
 def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
     faults = RowFaults()
     name, dtype = unit.job.output.name, TORCH[unit.job.output.dtype]
-    rows = source.spec.shape[0] if source.spec.shape else 1
-    matrix = source.reshaped(rows, source.spec.numel // max(rows, 1))
+    matrix = source.matrix()
+    rows, columns = matrix.spec.shape
     with out.reader.rows(matrix) as blocks:
-        for start, stop in _spans(0, matrix.spec.shape[0], matrix):
-            raw = out.buffers.take(
-                "raw", matrix.spec.nbytes // matrix.spec.shape[0] * (stop - start)
-            )
-            narrow, data = out.buffers.matrix("out", stop - start, matrix.spec.shape[1], dtype)
+        for start, stop in blocks.spans(0, rows, BLOCK_BYTES):
+            raw = out.buffers.take("raw", matrix.spec.row_bytes * (stop - start))
+            narrow, data = out.buffers.matrix("out", stop - start, columns, dtype)
             stored = blocks.read(start, stop, raw)
             narrow.copy_(stored)
             faults += overflows(stored, narrow)
-            out.writer.write(name, start * narrow.shape[1] * dtype.itemsize, data)
+            out.writer.write(name, start * columns * dtype.itemsize, data)
     return faults

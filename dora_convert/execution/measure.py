@@ -24,6 +24,7 @@ __all__ = ["figures", "module_sums", "storage_label"]
 _BLOCK = 1 << 20
 # Columns are gathered for axis IN: a panel of a tall matrix at a time.
 _PANEL = 64 << 20
+_ALL = slice(None)
 
 
 def module_sums(plan: Plan, *, workers: int) -> dict[str, ModuleSums]:
@@ -86,16 +87,13 @@ def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) 
     sums = ModuleSums()
     dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
-    row_bytes = base.spec.nbytes // base.spec.shape[0]
-    step = max(1, _BLOCK // row_bytes)
-    buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
+    buffer = torch.empty(max(_BLOCK, base.spec.row_bytes), dtype=torch.uint8)
     with reader.rows(base) as blocks:
-        for start in range(piece.start, piece.stop, step):
-            stop = min(start + step, piece.stop)
+        for start, stop in blocks.spans(piece.start, piece.stop, _BLOCK):
             span = slice(start - piece.start, stop - piece.start)
             weight = blocks.read(start, stop, buffer).to(dtype)
             magnitude = operands.magnitude[span] if operands.magnitude is not None else None
-            direction = _moved(weight, operands, span)
+            direction = _moved(weight, operands, rows=span)
             sums.add(block_sums(weight, direction, magnitude, rounding))
     return sums
 
@@ -111,9 +109,7 @@ def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reade
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         weight = _panel(base, start, stop, reader).to(dtype)
-        direction = weight.clone()
-        if operands.up is not None and operands.down is not None:
-            add_update(direction, operands.up, operands.down[:, start:stop])
+        direction = _moved(weight, operands, columns=slice(start, stop))
         magnitude = operands.magnitude[start:stop]
         sums.add(block_sums(weight.T, direction.T, magnitude, rounding))
     return sums
@@ -121,21 +117,21 @@ def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reade
 
 def _panel(base: TensorRef, start: int, stop: int, reader: Reader) -> Tensor:
     """Columns `start:stop` of all rows."""
-    row_bytes = base.spec.nbytes // base.spec.shape[0]
-    step = max(1, _BLOCK // row_bytes)
-    buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
+    buffer = torch.empty(max(_BLOCK, base.spec.row_bytes), dtype=torch.uint8)
     panel = torch.empty((base.spec.shape[0], stop - start), dtype=TORCH[base.spec.dtype])
     with reader.rows(base) as blocks:
-        for first in range(0, base.spec.shape[0], step):
-            last = min(first + step, base.spec.shape[0])
+        for first, last in blocks.spans(0, base.spec.shape[0], _BLOCK):
             panel[first:last] = blocks.read(first, last, buffer)[:, start:stop]
     return panel
 
 
-def _moved(weight: Tensor, operands: Operands, span: slice) -> Tensor:
+def _moved(
+    weight: Tensor, operands: Operands, *, rows: slice = _ALL, columns: slice = _ALL
+) -> Tensor:
+    """V of a part of W: of some rows, or of some columns."""
     direction = weight.clone()
     if operands.up is not None and operands.down is not None:
-        add_update(direction, operands.up[span], operands.down)
+        add_update(direction, operands.up[rows], operands.down[:, columns])
     return direction
 
 

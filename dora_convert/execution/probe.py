@@ -65,8 +65,8 @@ def _blocks(ref: TensorRef, reader: Reader) -> Iterable[Tensor]:
     flat = TensorRef(ref.stored, ref.source, ref.stored, (Reshaped((count, 1)),)).reshaped(count, 1)
     buffer = torch.empty(min(_BLOCK, max(count * size, 1)), dtype=torch.uint8)
     with reader.rows(flat) as rows:
-        for start in range(0, count, max(1, _BLOCK // size)):
-            yield rows.read(start, min(start + _BLOCK // size, count), buffer)
+        for start, stop in rows.spans(0, count, _BLOCK):
+            yield rows.read(start, stop, buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def _indices(count: int, wanted: int) -> Tensor:
 
 
 def _rows(ref: TensorRef, rows: Tensor, reader: Reader) -> Tensor:
-    matrix = ref.reshaped(ref.spec.shape[0], ref.spec.numel // ref.spec.shape[0])
-    buffer = torch.empty(matrix.spec.nbytes // matrix.spec.shape[0], dtype=torch.uint8)
+    matrix = ref.matrix()
+    buffer = torch.empty(matrix.spec.row_bytes, dtype=torch.uint8)
     with reader.rows(matrix) as blocks:
         return torch.cat([blocks.read(i, i + 1, buffer).double() for i in rows.tolist()])

@@ -83,11 +83,8 @@ class Update:
     def _rows(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of W in the working type, numbered from the module's first row."""
         rows, columns = self.shape
-        row_bytes = self.base.spec.nbytes // self.base.spec.shape[0]
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            raw = self.buffers.take("raw", row_bytes * (stop - start))
+        for start, stop in self.blocks.spans(0, rows, BLOCK_BYTES):
+            raw = self.buffers.take("raw", self.base.spec.row_bytes * (stop - start))
             work, _ = self.buffers.matrix("work", stop - start, columns, self.dtype)
             first = self.piece.start
             work.copy_(self.blocks.read(first + start, first + stop, raw))

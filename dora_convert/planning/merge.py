@@ -47,7 +47,7 @@ def merge_jobs(
         if name not in dropped:
             op: Op
             if name in pieces:
-                op = Merge(_matrix(bases.get(name, ref)), tuple(pieces[name]))
+                op = Merge(bases.get(name, ref).matrix(), tuple(pieces[name]))
             elif name in matching.patches:
                 patch = matching.patches[name]
                 op = PatchRows(patch.weight or ref, patch)
@@ -103,12 +103,7 @@ def _created(checkpoint: Checkpoint, matching: Matching, ties: Ties) -> list[tup
 
 def _whole(target: Target, checkpoint: Checkpoint) -> Merge:
     base = target.module.weight or checkpoint.tensors[target.rows[0].tensor]
-    return Merge(_matrix(base), (Piece(0, base.spec.shape[0], target.module),))
-
-
-def _matrix(ref: TensorRef) -> TensorRef:
-    rows = ref.spec.shape[0]
-    return ref.reshaped(rows, ref.spec.numel // rows)
+    return Merge(base.matrix(), (Piece(0, base.spec.shape[0], target.module),))
 
 
 def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType | None) -> Job:

@@ -27,9 +27,13 @@ class RowBlocks:
         self._ref = ref
         self._fd = fd
         self._whole = whole
-        rows = ref.spec.shape[0]
-        self._row_bytes = ref.spec.nbytes // rows if rows else 0
         self._view: tuple[int, Tensor, Tensor, Tensor] | None = None
+
+    def spans(self, start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Cuts of rows `start:stop`, each of at most `nbytes`, or of one row that is larger."""
+        step = max(1, nbytes // max(self._ref.spec.row_bytes, 1))
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
 
     def read(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """Rows `start:stop` in their stored element type; `buffer` is uint8, and large enough."""
@@ -39,11 +43,11 @@ class RowBlocks:
         assert isinstance(self._ref.source, Slice)
         rows = stop - start
         if self._view is None or self._view[0] != rows or self._view[1] is not buffer:
-            target = buffer[: rows * self._row_bytes]
+            target = buffer[: rows * self._ref.spec.row_bytes]
             shape = (rows, *self._ref.spec.shape[1:])
             self._view = rows, buffer, target, target.view(TORCH[self._ref.spec.dtype]).view(shape)
         _, _, target, matrix = self._view
-        offset = self._ref.source.start + start * self._row_bytes
+        offset = self._ref.source.start + start * self._ref.spec.row_bytes
         _pread_into(self._fd, self._ref.source.file, target, offset)
         return matrix
 
@@ -65,7 +69,7 @@ class Reader:
             return self.load(ref)
         if isinstance(ref.source, Slice) and ref.is_contiguous:
             with self.rows(ref) as blocks:
-                size = ref.spec.nbytes // ref.spec.shape[0] * (stop - start)
+                size = ref.spec.row_bytes * (stop - start)
                 return blocks.read(start, stop, torch.empty(size, dtype=torch.uint8))
         if isinstance(ref.source, Slice) and ref.view == (Transposed(),):
             return self._columns(ref, ref.source, start, stop).T
