@@ -42,7 +42,9 @@ def inspect(
     def measure(paths: Sequence[str]) -> Figures | None:
         return figures([sums[path] for path in paths if path in sums], label)
 
-    undefined = {path: part.undefined for path, part in sums.items() if part.undefined}
+    undefined = {
+        path: part.faults.zero + part.faults.nonfinite for path, part in sums.items() if part.faults
+    }
     if undefined:
         first = next(iter(undefined))
         notes.append(

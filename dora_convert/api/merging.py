@@ -12,7 +12,7 @@ from dora_convert.core.adapter import Adapter
 from dora_convert.core.plan import Copy, Merge, Plan
 from dora_convert.core.reports import MergeReport, Verification
 from dora_convert.core.tensors import DType
-from dora_convert.errors import MismatchError, VerificationError
+from dora_convert.errors import VerificationError
 from dora_convert.planning.planner import plan_merge
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.sidefiles import documents_size, own_files, write_documents
@@ -96,26 +96,21 @@ def merge(
     else:
         verification = _write(plan, output, how, listener or Silent(), seconds)
     seconds["total"] = time.perf_counter() - begun
-    report = _report(plan, found, adapter, base, output, seconds, verification)
-    return replace(report, dry_run=how.dry_run)
+    return _report(plan, found, adapter, base, output, seconds, verification)
 
 
 def _check_rows(plan: Plan, how: MergeOptions) -> None:
     """What a run would find while it writes: rows whose result is undefined."""
+    from dora_convert.execution.faults import raise_faults
     from dora_convert.execution.measure import module_sums
 
     sums = module_sums(plan, workers=worker_count(how.workers))
-    problems = [
-        f"{path}: {part.undefined} rows are zero, NaN or infinite where they have a magnitude"
-        for path, part in sums.items()
-        if part.undefined
-    ]
-    if problems and not how.keep_zero_rows:
-        raise MismatchError(
-            "the merged weights would not be defined everywhere",
-            problems=problems,
-            hint="--zero-rows keep leaves rows of zeros as they are.",
-        )
+    raise_faults(
+        {path: part.faults for path, part in sums.items()},
+        "the merged weights would not be defined everywhere",
+        keep_zero_rows=how.keep_zero_rows,
+        hint="--zero-rows keep leaves rows of zeros as they are.",
+    )
 
 
 def _write(
@@ -187,5 +182,5 @@ def _report(
         notes=plan.notes,
         seconds=seconds,
         verification=verification,
-        dry_run=False,
+        dry_run="merge" not in seconds,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_convert.core.lora import LoraModule, RankChoice
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
-from dora_convert.errors import MismatchError
+from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.kernels import Buffers
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update
@@ -131,15 +131,7 @@ def project(
         keep(path, factors)
 
     in_threads(list(modules.items()), work, workers)
-    if faults:
-        raise MismatchError(
-            "the update is not defined everywhere",
-            problems=[
-                f"{path}: {fault.zero} rows are zero in the base but have a magnitude, "
-                f"{fault.nonfinite} are NaN or infinite"
-                for path, fault in sorted(faults.items())
-            ],
-        )
+    raise_faults(faults, "the update is not defined everywhere")
     return {path: found[path] for path in modules}
 
 

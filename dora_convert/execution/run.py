@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.protocols import Listener
-from dora_convert.errors import MismatchError
+from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.kernels import Buffers, Output, run_unit, sum_columns
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass, units
@@ -77,7 +77,12 @@ def run(
     listener.started(plan.nbytes)
     factors = _measure(this, [unit for unit in work if is_two_pass(unit.job)])
     merged = _write(this, work, factors)
-    _raise_faults(this.faults.found, keep_zero_rows=keep_zero_rows)
+    raise_faults(
+        this.faults.found,
+        "the merged weights are not defined everywhere; nothing was written",
+        keep_zero_rows=keep_zero_rows,
+        hint="--zero-rows keep leaves rows of zeros as they are.",
+    )
     return RunTimes(merge=merged - begun, sync=time.perf_counter() - merged)
 
 
@@ -217,26 +222,3 @@ class _Sealer:
                 self._error = error
             finally:
                 writer.close()
-
-
-def _raise_faults(found: Mapping[str, RowFaults], *, keep_zero_rows: bool) -> None:
-    problems, zero = [], False
-    for name, faults in sorted(found.items()):
-        if faults.nonfinite:
-            problems.append(
-                f"{name}: {faults.nonfinite} rows are NaN or infinite, in the base or once the "
-                "update is added"
-            )
-        if faults.zero and not keep_zero_rows:
-            zero = True
-            problems.append(
-                f"{name}: {faults.zero} rows are zero in the base, but have a magnitude"
-            )
-        if faults.overflow:
-            problems.append(f"{name}: {faults.overflow} values are too large for float16")
-    if problems:
-        raise MismatchError(
-            "the merged weights are not defined everywhere; nothing was written",
-            problems=problems,
-            hint="--zero-rows keep leaves rows of zeros as they are." if zero else "",
-        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
+
+from dora_convert.maths.dora import RowFaults
 
 __all__ = ["ModuleSums", "block_sums"]
 
@@ -19,7 +21,7 @@ class ModuleSums:
     """
 
     rows: int = 0
-    undefined: int = 0  # rows whose merged value is not defined
+    faults: RowFaults = field(default_factory=RowFaults)  # rows that have no merged value
     base: float = 0.0  # sum of W^2
     update: float = 0.0  # sum of (V - W)^2, the low-rank update
     effect: float = 0.0  # sum of T^2
@@ -48,7 +50,9 @@ def block_sums(
     w = torch.linalg.vector_norm(base, dim=1)
     n = torch.linalg.vector_norm(direction, dim=1)
     m = n if magnitude is None else magnitude
-    undefined = int((~torch.isfinite(n) | ((n == 0) & (m != 0))).sum())
+    faults = RowFaults(
+        zero=int(((n == 0) & (m != 0)).sum()), nonfinite=int((~torch.isfinite(n)).sum())
+    )
     used = (w > 0) & (n > 0) & torch.isfinite(w) & torch.isfinite(n)
     if not bool(used.all()):
         base, direction, w, n, m = base[used], direction[used], w[used], n[used], m[used]
@@ -59,7 +63,7 @@ def block_sums(
     log_ratio = torch.log(m.abs() / w)
     return ModuleSums(
         rows=len(w),
-        undefined=undefined,
+        faults=faults,
         base=_square(base),
         update=_square(direction - base),
         effect=_square(effect),
