@@ -62,14 +62,6 @@ def reexported(module: ModuleType) -> set[str]:
     }
 
 
-# Constants that are not meant for other modules, to be renamed.
-NOT_PUBLIC: dict[str, set[str]] = {
-    "dora_convert.api.projecting": {"DEFAULT_RANK"},
-    "dora_convert.maths.lowrank": {"DEPTH", "OVERSAMPLING"},
-    "dora_convert.planning.stacks": {"RANKS"},
-}
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_public_names(name: str) -> None:
     module = importlib.import_module(name)
@@ -82,7 +74,7 @@ def test_public_names(name: str) -> None:
     classes = [n for n in others if n[0].isupper()]
     functions = [n for n in others if not n[0].isupper()]
     assert declared == sorted(constants) + sorted(classes) + sorted(functions)  # as ruff sorts
-    own = public(module) - NOT_PUBLIC.get(name, set())
+    own = public(module)
     assert own <= set(declared) <= own | reexported(module)
 
 

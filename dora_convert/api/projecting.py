@@ -12,8 +12,8 @@ from pathlib import Path
 from dora_convert.api.reading import ReadOptions, checked, named_base, read_adapter, worker_count
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint
-from dora_convert.core.lora import LoraLayer, LoraModule, LoraReport, RankChoice
-from dora_convert.core.plan import Document, Plan, WrittenFile
+from dora_convert.core.lora import DEFAULT_RANK, LoraLayer, LoraModule, LoraReport, RankChoice
+from dora_convert.core.plan import Document, WrittenFile
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, MismatchError, VerificationError
 from dora_convert.planning.lora import (
@@ -32,8 +32,6 @@ from dora_convert.storage.sidefiles import write_documents
 from dora_convert.storage.staging import Staging, check_output
 
 __all__ = ["LoraOptions", "to_lora"]
-
-DEFAULT_RANK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ def to_lora(
     notes = [*found.notes, *checked(proposal, found, adapter, base)]
     _check_copies(found, proposal, adapter)
     seconds = {"plan": time.perf_counter() - begun}
-    modules, rank, nbytes = _write(output, found, checkpoint, proposal.plan, stack, how, notes)
+    modules, rank, nbytes = _write(output, found, checkpoint, proposal, stack, how, notes)
     seconds["total"] = time.perf_counter() - begun
     residual = _pooled(modules, [module.residual for module in modules])
     return LoraReport(
@@ -164,7 +162,7 @@ def _write(
     output: Path,
     adapter: Adapter,
     checkpoint: Checkpoint,
-    plan: Plan,
+    proposal: Proposal,
     stack: Stack,
     how: LoraOptions,
     notes: list[str],
@@ -174,8 +172,8 @@ def _write(
     from dora_convert.execution.project import project
     from dora_convert.execution.ranks import choose_ranks
 
-    parts = targets(plan)
-    layers = lora_layers(adapter, checkpoint, plan, stack)
+    parts = targets(proposal.plan)
+    layers = lora_layers(adapter, checkpoint, proposal, stack)
     choice = _bounded(how, stack, layers)
     most = _allowed(choice.rank or choice.ceiling, stack)
     # The scratch files, always of 32 bits, and what is made of them.
@@ -201,7 +199,7 @@ def _write(
         write_pairs(staging.dir / "adapter_model.safetensors", pairs, scratch)
         shutil.rmtree(staging.dir / "scratch")
         top = max(stored.values())
-        config = adapter_config(adapter, checkpoint, layers, top, stored)
+        config = adapter_config(adapter, proposal.names, layers, top, stored)
         documents: list[Document] = [WrittenFile("adapter_config.json", config)]
         write_documents(documents, staging.dir)
         staging.publish()

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from dora_convert.core.adapter import LayerKind
 
-__all__ = ["LoraLayer", "LoraModule", "LoraReport", "RankChoice"]
+__all__ = ["DEFAULT_RANK", "LoraLayer", "LoraModule", "LoraReport", "RankChoice"]
+
+DEFAULT_RANK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

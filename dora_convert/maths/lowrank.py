@@ -17,8 +17,8 @@ from torch import Tensor
 __all__ = ["Factors", "Operator", "exact_factors", "krylov_factors", "spans_everything"]
 
 # Measured on trained adapters at ranks 1 to 128: residuals within 0.03 % of the optimum.
-OVERSAMPLING = 10
-DEPTH = 3
+_OVERSAMPLING = 10
+_DEPTH = 3
 
 
 class Operator(Protocol):
@@ -53,28 +53,28 @@ class Factors:
 
 def spans_everything(shape: tuple[int, int], rank: int) -> bool:
     """Whether the Krylov space for `rank` would be about the whole space: exact is cheaper then."""
-    return (DEPTH + 1) * (rank + OVERSAMPLING) >= min(shape)
+    return (_DEPTH + 1) * (rank + _OVERSAMPLING) >= min(shape)
 
 
 def krylov_factors(operator: Operator, rank: int, generator: torch.Generator) -> Factors:
-    """The `rank` largest singular triples, nearly; `2 * DEPTH + 2` products with `operator`.
+    """The `rank` largest singular triples, nearly; `2 * _DEPTH + 2` products with `operator`.
 
     Every block is orthonormalised, in float64, against itself and all before it: without that a
     Krylov basis loses its rank within two steps.
     """
     out, inner = operator.shape
-    width = min(rank + OVERSAMPLING, out, inner)
+    width = min(rank + _OVERSAMPLING, out, inner)
     start = torch.randn((inner, width), generator=generator, dtype=torch.float64)
     basis = torch.empty((out, 0), dtype=torch.float64)
     images: list[Tensor] = []
     block = operator.times(start).double()
-    for step in range(DEPTH + 1):
+    for step in range(_DEPTH + 1):
         # No more directions than there are left: a basis of too many would count some twice.
         fresh = _orthonormal(block[:, : min(out, inner) - basis.shape[1]], basis)
         basis = torch.cat([basis, fresh], dim=1)
         image = operator.transposed_times(fresh).double()
         images.append(image)
-        if step < DEPTH and basis.shape[1] < min(out, inner):
+        if step < _DEPTH and basis.shape[1] < min(out, inner):
             block = operator.times(image).double()
         else:
             break

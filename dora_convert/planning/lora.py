@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -13,7 +14,8 @@ from dora_convert.core.plan import Merge, Piece, Plan
 from dora_convert.core.tensors import DType, TensorRef, TensorSpec
 from dora_convert.planning.families import head_of
 from dora_convert.planning.names import Unsupported
-from dora_convert.planning.resolve import Resolver, resolver
+from dora_convert.planning.planner import Proposal
+from dora_convert.planning.resolve import Resolver
 from dora_convert.planning.stacks import Stack
 
 __all__ = [
@@ -83,13 +85,12 @@ def affordable_rank(layers: Iterable[LoraLayer], stack: Stack, elements: int) ->
 
 
 def lora_layers(
-    adapter: Adapter, checkpoint: Checkpoint, plan: Plan, stack: Stack
+    adapter: Adapter, checkpoint: Checkpoint, proposal: Proposal, stack: Stack
 ) -> list[LoraLayer]:
     """A layer for each module, and zero pairs where the stack needs them complete."""
-    stored = targets(plan)
+    stored, names = targets(proposal.plan), proposal.names
     layers = {path: _layer(module, stored[path]) for path, module in adapter.modules.items()}
     if stack.complete:
-        names = resolver(checkpoint, adapter.modules)
         for path in _missing(layers, names):
             shape = _shape(path, checkpoint, names)
             if shape is not None:
@@ -176,10 +177,7 @@ def lora_specs(layer: LoraLayer, rank: int, dtype: DType) -> tuple[TensorSpec, T
     down: tuple[int, ...] = (rank, inner)
     up: tuple[int, ...] = (out, rank)
     if layer.kernel:
-        size = 1
-        for length in layer.kernel:
-            size *= length
-        down = (rank, inner // size, *layer.kernel)
+        down = (rank, inner // math.prod(layer.kernel), *layer.kernel)
         up = (out, rank, *(1 for _ in layer.kernel))
     return TensorSpec(name + "lora_A.weight", dtype, down), TensorSpec(
         name + "lora_B.weight", dtype, up
@@ -188,7 +186,7 @@ def lora_specs(layer: LoraLayer, rank: int, dtype: DType) -> tuple[TensorSpec, T
 
 def adapter_config(
     adapter: Adapter,
-    checkpoint: Checkpoint,
+    names: Resolver,
     layers: Sequence[LoraLayer],
     rank: int,
     ranks: Mapping[str, int],
@@ -206,7 +204,7 @@ def adapter_config(
         "lora_alpha": rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": _suffixes([layer.path for layer in layers], checkpoint),
+        "target_modules": _suffixes([layer.path for layer in layers], names),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_dora": False,
@@ -219,9 +217,8 @@ def adapter_config(
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
-def _suffixes(paths: Sequence[str], checkpoint: Checkpoint) -> list[str]:
+def _suffixes(paths: Sequence[str], known: Resolver) -> list[str]:
     """The shortest ends of the paths that are the end of no other module's path."""
-    known = resolver(checkpoint, paths)
     # The names of adapted modules, also those that they have on disk only.
     stored = {known.find(f"{path}.weight") for path in paths} - {None}
     mine = {*paths, *(_spelled(path, known) for path in paths)}

@@ -39,8 +39,12 @@ class Target:
 
 @dataclass(slots=True)
 class Matching:
-    """Where the adapter's parts go. `replaced` and `patches` are keyed by tensor name."""
+    """Where the adapter's parts go. `replaced` and `patches` are keyed by tensor name.
 
+    `names` is how they were found.
+    """
+
+    names: Resolver
     targets: list[Target] = field(default_factory=list)
     replaced: dict[str, TensorRef] = field(default_factory=dict)
     patches: dict[str, TokenRows] = field(default_factory=dict)
@@ -53,8 +57,8 @@ def match(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str]
 
     `transposed` are globs of module paths that the user says are stored `[in, out]`.
     """
-    matching = Matching(notes=list(adapter.notes))
     names = resolver(checkpoint, adapter.modules)
+    matching = Matching(names, notes=list(adapter.notes))
     if names.added or names.stripped:
         verb = f"prefix {names.added!r} added" if names.added else f"{names.stripped!r} stripped"
         matching.notes.append(f"module paths matched to the checkpoint's names with {verb}")

@@ -15,6 +15,7 @@ from dora_convert.planning.documents import documents
 from dora_convert.planning.match import Matching, match
 from dora_convert.planning.merge import merge_jobs
 from dora_convert.planning.pack import own_shards, sized_shards
+from dora_convert.planning.resolve import Resolver
 from dora_convert.planning.ties import untie
 from dora_convert.planning.vocabulary import vocabulary_problems
 
@@ -25,12 +26,14 @@ __all__ = ["Proposal", "plan_merge"]
 class Proposal:
     """A plan for all that fits, and every reason why it may not run.
 
-    `weights` holds the stored weight of each module that is one whole tensor.
+    `weights` holds the stored weight of each module that is one whole tensor. `names` is how the
+    adapter's paths were found in the checkpoint.
     """
 
     plan: Plan
     problems: tuple[str, ...]
     weights: Mapping[str, TensorRef]
+    names: Resolver
 
 
 def plan_merge(
@@ -61,6 +64,7 @@ def plan_merge(
         plan=Plan(shards, files, tuple(matching.notes)),
         problems=tuple(matching.problems),
         weights=_weights(matching, checkpoint),
+        names=matching.names,
     )
 
 

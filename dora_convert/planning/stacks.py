@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["STACKS", "Stack"]
+__all__ = ["RANKS", "STACKS", "Stack"]
 
 # The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py); others accept them too.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

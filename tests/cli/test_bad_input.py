@@ -304,6 +304,14 @@ def test_base_that_is_not_finite(box: Sandbox) -> None:
     box.refused(4, f"{Q0}.weight: 2 rows are NaN or infinite, in the base")
 
 
+def test_dry_run_refuses_what_a_run_would(box: Sandbox) -> None:
+    base = box.load_base()
+    base[f"{Q0}.weight"][5, 7] = torch.nan
+    box.save_base(base)
+    options = ("--dry-run", "--zero-rows", "keep")
+    box.refused(4, f"{Q0}: 1 rows are NaN or infinite", options=options)
+
+
 @pytest.fixture
 def zeros(box: Sandbox) -> Sandbox:
     """Three rows of the base are zero, and what is added to them is zero."""

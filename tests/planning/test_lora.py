@@ -54,17 +54,18 @@ def made(
 ) -> dict[str, LoraLayer]:
     proposal = plan_merge(trained, base, **options)
     assert not proposal.problems
-    layers = lora_layers(trained, base, proposal.plan, STACKS[stack])
+    layers = lora_layers(trained, base, proposal, STACKS[stack])
     assert [layer.path for layer in layers] == sorted(layer.path for layer in layers)
     return {layer.path: layer for layer in layers}
 
 
 def config_of(trained: Adapter, base: Checkpoint, stack: str = "any", **ranks: int) -> Any:
     layers = list(made(trained, base, stack).values())
+    names = plan_merge(trained, base).names
     found = {layer.path: 8 for layer in layers} | {
         k.replace("__", "."): r for k, r in ranks.items()
     }
-    return json.loads(adapter_config(trained, base, layers, 8, found))
+    return json.loads(adapter_config(trained, names, layers, 8, found))
 
 
 def test_layers_and_siblings_that_were_not_adapted_get_zeros() -> None:

@@ -18,7 +18,7 @@ from dora_convert.cli.params import (
     reading_options,
     workers_option,
 )
-from dora_convert.core.lora import RankChoice
+from dora_convert.core.lora import DEFAULT_RANK, RankChoice
 from dora_convert.core.tensors import DType
 from dora_convert.planning.stacks import STACKS
 
@@ -42,7 +42,10 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write; a new one.")
 @base_option
 @click.option(
-    "--rank", type=click.IntRange(min=1), metavar="N", help="One rank for all modules [64]."
+    "--rank",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"One rank for all modules [{DEFAULT_RANK}].",
 )
 @click.option(
     "--energy", type=_SHARE, metavar="F", help="The least rank that keeps this share of |T|^2."
@@ -128,7 +131,7 @@ def _to_lora(
 
     how = api.LoraOptions(
         choice=RankChoice(
-            rank=rank if given else 64,
+            rank=rank if given else DEFAULT_RANK,
             energy=energy,
             max_residual=max_residual,
             budget=budget,
