@@ -12,8 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_convert.errors import InputError
+from dora_convert.storage.checkpoint import open_checkpoint
+
 Save: TypeAlias = Callable[..., Path]
 Write: TypeAlias = Callable[..., Path]
+
+INDEX = "model.safetensors.index.json"
+ONE, TWO, THREE = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 
 
 @pytest.fixture
@@ -46,6 +52,26 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
+def sharded(tmp_path: Path, save: Save, write: Write) -> Path:
+    """A base in three shards, with an index and a config."""
+    save(ONE, "a", "b")
+    save(TWO, "c")
+    save(THREE, "d")
+    write(INDEX, {"metadata": {}, "weight_map": {"a": ONE, "b": ONE, "c": TWO, "d": THREE}})
+    write("config.json", {"model_type": "llama"})
+    return tmp_path
+
+
+def faults(path: Path, **options: Any) -> list[str]:
+    """What opening a base complains of."""
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(path, **options)
+    error = caught.value
+    assert error.where
+    return list(error.problems) or [error.what]
+
+
+@pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB, which root may mount."""
     place = tmp_path / "disk"
@@ -55,3 +81,16 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("may not mount a file system here")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+def raw(text: str | bytes, data: bytes = b"") -> bytes:
+    """A safetensors file with this header."""
+    body = text.encode() if isinstance(text, str) else text
+    return len(body).to_bytes(8, "little") + body + data
+
+
+def put(tmp_path: Path, content: bytes) -> Path:
+    """Write it; returns where."""
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    return file

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -12,29 +12,9 @@ from dora_convert.core.tensors import Pickled
 from dora_convert.errors import InputError
 from dora_convert.storage.checkpoint import open_checkpoint
 
+from .conftest import INDEX, ONE, THREE, TWO, faults
+
 Make: TypeAlias = Callable[..., Path]
-
-INDEX = "model.safetensors.index.json"
-ONE, TWO, THREE = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
-
-
-@pytest.fixture
-def sharded(tmp_path: Path, save: Make, write: Make) -> Path:
-    save(ONE, "a", "b")
-    save(TWO, "c")
-    save(THREE, "d")
-    write(INDEX, {"metadata": {}, "weight_map": {"a": ONE, "b": ONE, "c": TWO, "d": THREE}})
-    write("config.json", {"model_type": "llama"})
-    return tmp_path
-
-
-def faults(path: Path, **options: Any) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        open_checkpoint(path, **options)
-    error = caught.value
-    assert error.where
-    return list(error.problems) or [error.what]
-
 
 # ------------------------------------------------------------------------------- which files
 

@@ -12,18 +12,9 @@ from dora_convert.errors import InputError
 from dora_convert.storage import header
 from dora_convert.storage.header import read_header
 
+from .conftest import put, raw
+
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-def raw(text: str | bytes, data: bytes = b"") -> bytes:
-    body = text.encode() if isinstance(text, str) else text
-    return len(body).to_bytes(8, "little") + body + data
-
-
-def put(tmp_path: Path, content: bytes) -> Path:
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(content)
-    return file
 
 
 def refused(tmp_path: Path, content: bytes) -> InputError:

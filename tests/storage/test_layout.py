@@ -15,6 +15,8 @@ from dora_convert.core.tensors import DType, Slice, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.header import layout, read_header
 
+from .conftest import put
+
 TORCH_TYPES = {
     DType.BOOL: torch.bool,
     DType.U8: torch.uint8,
@@ -36,17 +38,6 @@ TORCH_TYPES = {
     DType.I64: torch.int64,
     DType.U64: torch.uint64,
 }
-
-
-def raw(text: str | bytes, data: bytes = b"") -> bytes:
-    body = text.encode() if isinstance(text, str) else text
-    return len(body).to_bytes(8, "little") + body + data
-
-
-def put(tmp_path: Path, content: bytes) -> Path:
-    file = tmp_path / "x.safetensors"
-    file.write_bytes(content)
-    return file
 
 
 def test_layout_literal() -> None:
