@@ -8,7 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from dora_convert.core.tensors import TensorRef
 
-__all__ = ["Adapter", "DoraModule", "LayerKind", "LowRank", "MagnitudeAxis", "TokenRows"]
+__all__ = [
+    "Adapter",
+    "BiasRule",
+    "DoraModule",
+    "LayerKind",
+    "LowRank",
+    "MagnitudeAxis",
+    "MagnitudeKind",
+    "RowOrder",
+    "TokenRows",
+]
 
 
 class MagnitudeAxis(enum.Enum):
@@ -35,6 +45,39 @@ class LayerKind(enum.Enum):
     CONVOLUTION = "convolution"
 
 
+class MagnitudeKind(enum.Enum):
+    """What the values of a magnitude are.
+
+    NORM: the length `m` that a row gets. FACTOR: `m / ||V||` already, which `V` is multiplied with.
+    """
+
+    NORM = "norm"
+    FACTOR = "factor"
+
+
+class BiasRule(enum.Enum):
+    """What the trainer's forward did with the base's bias.
+
+    KEEP: added it as it is. SCALED: multiplied the whole output, bias included, with `m / ||V||`.
+    """
+
+    KEEP = "keep"
+    SCALED = "scaled"
+
+
+class RowOrder(enum.Enum):
+    """The order of a tensor's rows against those of the weight on disk, per attention head.
+
+    A rotary embedding pairs entry `i` of a head with `i + d/2` (the order of transformers), or
+    `2i` with `2i + 1`. INTERLEAVED: the rows are in the second order, the weight in the first.
+    HALVED: as if rows in the first order had been taken for the second and reordered once more.
+    """
+
+    SAME = "same"
+    INTERLEAVED = "interleaved"
+    HALVED = "halved"
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """The update before scaling, `up @ down`."""
@@ -59,6 +102,8 @@ class DoraModule:
 
     `delta` is None where only the magnitude was trained; `magnitude` is None for a plain LoRA
     module, `W' = V`. `weight` is the trainer's own copy of W, where the file carries one.
+    `up_order` and `magnitude_order` are the row orders of those two, which need the base's number
+    of heads to be undone (`planning.settle`).
     """
 
     path: str
@@ -68,6 +113,10 @@ class DoraModule:
     scaling: float
     weight: TensorRef | None = None
     kind: LayerKind = LayerKind.LINEAR
+    magnitude_is: MagnitudeKind = MagnitudeKind.NORM
+    bias_rule: BiasRule = BiasRule.KEEP
+    up_order: RowOrder = RowOrder.SAME
+    magnitude_order: RowOrder = RowOrder.SAME
 
     def transposed(self) -> DoraModule:
         """The same module for a weight that is stored `[in, out]`, as `weight` already is."""
@@ -97,7 +146,9 @@ class Adapter:
     `modules` and `token_rows` are keyed by module path, `replaced` (tensors trained whole) by
     tensor path. `task` is the head that the trainer put on (PEFT's task_type). `keeps_ties`:
     replaced input and output embeddings were trained as one tensor. `meets_transposed`: the
-    trainer's word that some weight of the base is stored `[in, out]`.
+    trainer's word that some weight of the base is stored `[in, out]`. `is_axis_open`: neither the
+    format nor any shape says what the magnitudes belong to, and the modules' axis is provisional
+    until the base's norms decide.
     """
 
     format: str
@@ -108,4 +159,5 @@ class Adapter:
     task: str | None = None
     keeps_ties: bool = False
     meets_transposed: bool = False
+    is_axis_open: bool = False
     notes: tuple[str, ...] = ()

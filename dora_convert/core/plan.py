@@ -20,6 +20,7 @@ __all__ = [
     "PatchRows",
     "Piece",
     "Plan",
+    "ScaleBias",
     "Shard",
     "WrittenFile",
 ]
@@ -68,7 +69,19 @@ class PatchRows:
     patch: TokenRows
 
 
-Op: TypeAlias = Copy | Cast | Merge | PatchRows
+@dataclass(frozen=True, slots=True)
+class ScaleBias:
+    """A bias `[out]`, times what its weight's rows are multiplied with, `m / ||V||`.
+
+    `base` and `pieces` as in `Merge`. Entries outside every piece stay as they are.
+    """
+
+    source: TensorRef
+    base: TensorRef
+    pieces: tuple[Piece, ...]
+
+
+Op: TypeAlias = Copy | Cast | Merge | PatchRows | ScaleBias
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 __all__ = [
     "DType",
+    "Narrowed",
+    "Permuted",
     "Pickled",
     "Reshaped",
     "Slice",
@@ -17,7 +19,6 @@ __all__ = [
     "Step",
     "TensorRef",
     "TensorSpec",
-    "Transposed",
 ]
 
 
@@ -119,8 +120,19 @@ Source: TypeAlias = Slice | Pickled
 
 
 @dataclass(frozen=True, slots=True)
-class Transposed:
-    """Swap the two axes of a matrix."""
+class Permuted:
+    """Axes in another order; `(1, 0)` is the transpose of a matrix."""
+
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """The entries `start:stop` of one axis."""
+
+    axis: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +142,7 @@ class Reshaped:
     shape: tuple[int, ...]
 
 
-Step: TypeAlias = Transposed | Reshaped
+Step: TypeAlias = Permuted | Narrowed | Reshaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +165,32 @@ class TensorRef:
     def transposed(self) -> TensorRef:
         """The matrix with its axes swapped."""
         assert len(self.spec.shape) == 2, self.spec
-        flipped = replace(self.spec, shape=self.spec.shape[::-1])
-        return replace(self, spec=flipped, view=(*self.view, Transposed()))
+        return self.permuted(1, 0)
+
+    def permuted(self, *axes: int) -> TensorRef:
+        """The same elements with the axes in this order."""
+        assert sorted(axes) == list(range(len(self.spec.shape))), (axes, self.spec)
+        if len(axes) == 2 and self.view and self.view[-1] == Permuted(axes):
+            return replace(self, spec=self._shaped(*self.spec.shape[::-1]), view=self.view[:-1])
+        shape = (self.spec.shape[axis] for axis in axes)
+        return replace(self, spec=self._shaped(*shape), view=(*self.view, Permuted(axes)))
+
+    def narrowed(self, axis: int, start: int, stop: int) -> TensorRef:
+        """The entries `start:stop` of one axis; free when these are all."""
+        shape = list(self.spec.shape)
+        assert 0 <= start <= stop <= shape[axis], (axis, start, stop, self.spec)
+        if (start, stop) == (0, shape[axis]):
+            return self
+        shape[axis] = stop - start
+        step = Narrowed(axis, start, stop)
+        return replace(self, spec=self._shaped(*shape), view=(*self.view, step))
 
     def reshaped(self, *shape: int) -> TensorRef:
         """The same elements under another shape; free when the shape is the same."""
         assert math.prod(shape) == self.spec.numel, (shape, self.spec)
         if shape == self.spec.shape:
             return self
-        return replace(
-            self, spec=replace(self.spec, shape=shape), view=(*self.view, Reshaped(shape))
-        )
+        return replace(self, spec=self._shaped(*shape), view=(*self.view, Reshaped(shape)))
 
     def matrix(self) -> TensorRef:
         """The same elements as `[rows, columns]`, all axes but the first flattened."""
@@ -173,3 +200,6 @@ class TensorRef:
     def renamed(self, name: str) -> TensorRef:
         """The same tensor under another name."""
         return replace(self, spec=replace(self.spec, name=name))
+
+    def _shaped(self, *shape: int) -> TensorSpec:
+        return replace(self.spec, shape=shape)

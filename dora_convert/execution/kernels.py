@@ -8,12 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dora_convert.core.adapter import MagnitudeAxis
-from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
+from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, ScaleBias
 from dora_convert.core.tensors import DType, Slice, TensorRef
 from dora_convert.errors import InputError
 from dora_convert.execution.units import Unit
-from dora_convert.maths.dora import RowFaults, add_update, overflows, scale_rows, square_sums
+from dora_convert.maths.dora import (
+    RowFaults,
+    add_update,
+    column_factors,
+    overflows,
+    scale_by,
+    scale_rows,
+    square_sums,
+)
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
 from dora_convert.storage.reader import Reader
@@ -131,6 +139,8 @@ def run_unit(unit: Unit, out: Output) -> RowFaults:
             return faults
         case Merge(base, pieces):
             return _merge(unit, base, pieces, out)
+        case ScaleBias(source, base, pieces):
+            return _scale_bias(unit, source, base, pieces, out)
     return RowFaults()
 
 
@@ -138,6 +148,12 @@ def sum_columns(unit: Unit, reader: Reader, buffers: Buffers) -> Tensor:
     """First pass over an IN job: squared norms of V's columns over the unit's rows, `[in]`."""
     assert isinstance(unit.job.op, Merge)
     base, (piece,) = unit.job.op.base, unit.job.op.pieces
+    return _column_squares(unit, base, piece, reader, buffers)
+
+
+def _column_squares(
+    unit: Unit, base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
+) -> Tensor:
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     operands = Operands.load(reader, piece, unit.start, unit.stop, dtype)
     total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
@@ -188,14 +204,63 @@ def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -
     for start, stop, work in _directions(unit, base, operands, out.reader, out.buffers):
         if name in out.factors:
             work.mul_(out.factors[name].to(dtype))
-        elif operands.magnitude is not None:
-            span = operands.magnitude[start - unit.start : stop - unit.start]
-            faults += scale_rows(work, span)
+        elif operands.magnitude is not None and piece is not None:
+            span = slice(start - unit.start, stop - unit.start)
+            faults += _scale(work, piece.module, operands.magnitude, span)
         narrow, data = out.buffers.matrix("out", stop - start, columns, narrow_type)
         narrow.copy_(work)
         faults += overflows(work, narrow)
         out.writer.write(name, start * columns * narrow_type.itemsize, data)
     return faults
+
+
+def _scale(work: Tensor, module: DoraModule, magnitude: Tensor, span: slice) -> RowFaults:
+    if module.magnitude_is is MagnitudeKind.NORM:
+        return scale_rows(work, magnitude[span])
+    by_row = module.axis is MagnitudeAxis.OUT
+    return scale_by(work, magnitude[span].unsqueeze(1) if by_row else magnitude)
+
+
+def _scale_bias(
+    unit: Unit, source: TensorRef, base: TensorRef, pieces: tuple[Piece, ...], out: Output
+) -> RowFaults:
+    """The layer's weight is read again for its norms: a bias is scaled too seldom to keep them."""
+    bias = out.reader.load(source).double()
+    faults = RowFaults()
+    for piece in pieces:
+        by_row = piece.module.axis is MagnitudeAxis.OUT
+        part = bias[piece.start : piece.stop] if by_row else bias
+        factor, fault = _bias_factors(
+            Unit(unit.shard, unit.job, piece.start, piece.stop), base, piece, out
+        )
+        part *= factor
+        faults += fault
+    narrow = bias.to(TORCH[unit.job.output.dtype])
+    faults += overflows(bias, narrow)
+    out.writer.write(unit.job.output.name, 0, narrow.view(torch.uint8))
+    return faults
+
+
+def _bias_factors(
+    unit: Unit, base: TensorRef, piece: Piece, out: Output
+) -> tuple[Tensor, RowFaults]:
+    """`m / ||V||` of one piece, by row of the layer."""
+    module = piece.module
+    assert module.magnitude is not None
+    magnitude = out.reader.load(module.magnitude).double()
+    by_row = module.axis is MagnitudeAxis.OUT
+    if by_row:
+        magnitude = magnitude[piece.offset : piece.offset + piece.stop - piece.start]
+    if module.magnitude_is is MagnitudeKind.FACTOR:
+        return magnitude, RowFaults()
+    if not by_row:
+        squares = _column_squares(unit, base, piece, out.reader, out.buffers)
+        return column_factors(magnitude, squares)
+    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
+    operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)
+    directions = _directions(unit, base, operands, out.reader, out.buffers)
+    squares = torch.cat([v.double().square().sum(dim=1) for _, _, v in directions])
+    return column_factors(magnitude, squares)
 
 
 def _copy_or_cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_convert.core.adapter import MagnitudeAxis
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Piece, Plan
 from dora_convert.core.reports import Figures
 from dora_convert.core.tensors import DType, TensorRef
@@ -94,6 +94,7 @@ def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) 
             weight = blocks.read(start, stop, buffer).to(dtype)
             magnitude = operands.magnitude[span] if operands.magnitude is not None else None
             direction = _moved(weight, operands, rows=span)
+            magnitude = _as_norms(magnitude, direction, piece.module)
             sums.add(block_sums(weight, direction, magnitude, rounding))
     return sums
 
@@ -110,7 +111,7 @@ def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reade
         stop = min(start + width, columns)
         weight = _panel(base, start, stop, reader).to(dtype)
         direction = _moved(weight, operands, columns=slice(start, stop))
-        magnitude = operands.magnitude[start:stop]
+        magnitude = _as_norms(operands.magnitude[start:stop], direction.T, piece.module)
         sums.add(block_sums(weight.T, direction.T, magnitude, rounding))
     return sums
 
@@ -133,6 +134,14 @@ def _moved(
     if operands.up is not None and operands.down is not None:
         add_update(direction, operands.up[rows], operands.down[:, columns])
     return direction
+
+
+def _as_norms(magnitude: Tensor | None, direction: Tensor, module: DoraModule) -> Tensor | None:
+    """The lengths that the vectors get, also where the file holds `m / ||V||`."""
+    if magnitude is None or module.magnitude_is is MagnitudeKind.NORM:
+        return magnitude
+    norms: Tensor = torch.linalg.vector_norm(direction, dim=1)
+    return magnitude * norms
 
 
 def _share(part: float, whole: float) -> float:

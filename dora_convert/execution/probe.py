@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.tensors import Reshaped, TensorRef
 from dora_convert.execution.threads import in_threads
@@ -100,7 +100,9 @@ def fingerprint(plan: Plan, reader: Reader, *, workers: int) -> Fingerprint | No
         for op in (job.op for job in plan.jobs)
         if isinstance(op, Merge)
         for piece in op.pieces
-        if piece.module.axis is MagnitudeAxis.OUT and piece.module.magnitude is not None
+        if piece.module.axis is MagnitudeAxis.OUT
+        and piece.module.magnitude is not None
+        and piece.module.magnitude_is is MagnitudeKind.NORM
     ]
     chosen = _spread(pairs, _MODULES)
     logs: list[tuple[Tensor, Tensor]] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dora_convert.core.adapter import MagnitudeAxis
-from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan
+from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan, ScaleBias
 from dora_convert.core.tensors import Slice
 
 __all__ = ["Unit", "is_two_pass", "units"]
@@ -28,7 +28,9 @@ class Unit:
 def is_two_pass(job: Job) -> bool:
     """Whether norms run over the rows, so that all rows must be seen before one is written."""
     return isinstance(job.op, Merge) and any(
-        piece.module.axis is MagnitudeAxis.IN and piece.module.magnitude is not None
+        piece.module.axis is MagnitudeAxis.IN
+        and piece.module.magnitude is not None
+        and piece.module.magnitude_is is MagnitudeKind.NORM
         for piece in job.op.pieces
     )
 
@@ -48,7 +50,7 @@ def _cut(shard: int, job: Job) -> Iterator[Unit]:
         case Merge(base):
             total = base.spec.shape[0]
             step = max(1, _UNIT_BYTES * total // max(base.spec.nbytes, 1))
-        case Copy() | Cast() | PatchRows():
+        case Copy() | Cast() | PatchRows() | ScaleBias():
             pass  # small, or rare enough to be one piece
     for start in range(0, total, step):
         yield Unit(shard, job, start, min(start + step, total))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dora_convert.core.adapter import MagnitudeAxis
+from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.kernels import BLOCK_BYTES, Buffers, Operands, figure_dtype
@@ -124,6 +124,9 @@ def open_update(
 
 
 def _set_factors(update: Update, magnitude: Tensor) -> None:
+    if update.piece.module.magnitude_is is MagnitudeKind.FACTOR:
+        update.factor, update.excess = magnitude, (magnitude.double() - 1).to(update.dtype)
+        return
     if update.by_row:
         squares = torch.cat([v.double().square().sum(dim=1) for _, _, v, _ in update.directions()])
     else:

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dora_convert.core.adapter import DoraModule, MagnitudeAxis
-from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Piece, Plan, ScaleBias
 from dora_convert.core.reports import Rounding, Verification
-from dora_convert.core.tensors import Pickled, TensorRef, Transposed
+from dora_convert.core.tensors import Narrowed, Permuted, Pickled, TensorRef
 from dora_convert.execution.threads import in_threads
 
 __all__ = ["verify"]
@@ -70,7 +70,9 @@ def verify(
         if file is None:
             own.differences.append(f"{job.output.name}: missing")
         elif _has_layout(job, file, own):
-            if not isinstance(job.op, Merge):
+            if isinstance(job.op, ScaleBias):
+                _compare_bias(job, job.op, file, tolerance, own)
+            elif not isinstance(job.op, Merge):
                 _compare_plain(job, file, samples, own)
             elif job.output.name in chosen:
                 _compare_merge(job, job.op, file, samples, tolerance, own)
@@ -140,6 +142,8 @@ def _unpickled(source: Pickled) -> Tensor:
 
 
 def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
+    if not ref.is_contiguous:
+        return _viewed(ref).reshape(ref.spec.shape[0], -1)[list(rows)]
     if isinstance(ref.source, Pickled):
         whole = _unpickled(ref.source)
         return whole.reshape(ref.spec.shape[0], -1)[list(rows)]
@@ -148,14 +152,24 @@ def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
 
 def _whole(ref: TensorRef) -> Tensor:
     """A small tensor in float64, its view applied."""
+    return _viewed(ref).double()
+
+
+def _viewed(ref: TensorRef) -> Tensor:
+    result: Tensor
     if isinstance(ref.source, Pickled):
-        tensor = _unpickled(ref.source)
+        result = _unpickled(ref.source)
     else:
         with safe_open(ref.source.file, framework="pt") as handle:
-            tensor = handle.get_tensor(ref.stored.name)
-    result: Tensor = tensor.double()
+            result = handle.get_tensor(ref.stored.name)
     for step in ref.view:
-        result = result.T if isinstance(step, Transposed) else result.reshape(step.shape)
+        match step:
+            case Permuted(axes):
+                result = torch.permute(result, axes)
+            case Narrowed(axis, start, stop):
+                result = result.index_select(axis, torch.arange(start, stop))
+            case _:
+                result = result.reshape(step.shape)
     return result
 
 
@@ -207,7 +221,7 @@ def _expected_rows(job: Job, rows: Sequence[int], kind: torch.dtype) -> Tensor:
                 if index in rows:
                     expected[rows.index(index)] = trained[i].to(kind)
             return expected
-        case Merge():
+        case Merge() | ScaleBias():
             raise AssertionError(job)
 
 
@@ -227,7 +241,7 @@ def _compare_merge(
     norms = {
         id(piece): _column_norms(op.base, piece.module)
         for piece in op.pieces
-        if piece.module.axis is MagnitudeAxis.IN and piece.module.magnitude is not None
+        if _needs_columns(piece)
     }
     wrong = 0
     for rows in _spans(count, columns, samples):
@@ -257,11 +271,57 @@ def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor 
     if module.magnitude is None:
         return direction
     magnitude = _whole(module.magnitude)
+    if module.magnitude_is is MagnitudeKind.FACTOR:
+        by_row = module.axis is MagnitudeAxis.OUT
+        return direction * (magnitude[list(rows)].unsqueeze(1) if by_row else magnitude)
     if norms is not None:
         return torch.where(norms > 0, magnitude * direction / norms, torch.zeros_like(direction))
     length = direction.square().sum(dim=1, keepdim=True).sqrt()
     scaled = magnitude[list(rows)].unsqueeze(1) * direction / length
     return torch.where(length > 0, scaled, torch.zeros_like(direction))
+
+
+def _needs_columns(piece: Piece) -> bool:
+    module = piece.module
+    return (
+        module.axis is MagnitudeAxis.IN
+        and module.magnitude is not None
+        and module.magnitude_is is MagnitudeKind.NORM
+    )
+
+
+def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: _Tally) -> None:
+    """All of a scaled bias: it is short, though its norms take a pass over the weight."""
+    name = job.output.name
+    exact = _whole(op.source)
+    for piece in op.pieces:
+        module = piece.module
+        assert module.magnitude is not None
+        magnitude, by_row = _whole(module.magnitude), module.axis is MagnitudeAxis.OUT
+        span = slice(piece.start, piece.stop) if by_row else slice(None)
+        if by_row:
+            magnitude = magnitude[piece.offset : piece.offset + piece.stop - piece.start]
+        if module.magnitude_is is MagnitudeKind.NORM:
+            length = _row_norms(op.base, piece) if by_row else _column_norms(op.base, module)
+            magnitude = torch.where(length > 0, magnitude / length, torch.zeros_like(length))
+        exact[span] *= magnitude
+    got = _rows_of(file, name, range(len(exact))).view(1, -1)
+    exact = exact.view(1, -1)
+    if _compare(got, exact, exact, tolerance, _Tally()):
+        tally.differences.append(f"{name}: the bias is not the recomputed one")
+    tally.compared += got.numel() * got.dtype.itemsize
+
+
+def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
+    norms = []
+    for block in _spans(piece.stop - piece.start, base.spec.shape[1], None):
+        direction = _source_rows(base, [piece.start + i for i in block]).double()
+        if piece.module.delta is not None:
+            delta = piece.module.delta
+            up, down = _whole(delta.up)[[piece.offset + i for i in block]], _whole(delta.down)
+            direction = direction + piece.module.scaling * (up @ down)
+        norms.append(direction.square().sum(dim=1).sqrt())
+    return torch.cat(norms)
 
 
 def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:

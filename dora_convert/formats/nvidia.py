@@ -3,18 +3,25 @@
 Source: NVlabs/DoRA, `commonsense_reasoning`, a fork of peft 0.3. Its config has `peft_type: DORA`
 and no `use_dora`; modules under `Wdecompose_target_modules` have a magnitude and no low-rank
 part. `dora_simple` concerns the gradient alone and changes nothing here.
+
+`visual_instruction_tuning` (LLaVA) is a fork of peft 0.4: its config spells
+`wdecompose_target_modules`, its trainer puts the magnitudes into `non_lora_trainables.bin`, where
+the projector lies too, and layers with a magnitude alone compute as the base does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from dora_convert.core.adapter import Adapter, DoraModule, LowRank, MagnitudeAxis
 from dora_convert.core.assembly import check_axes, check_replaced, linear, magnitude
 from dora_convert.core.bundle import Bundle
+from dora_convert.core.capacity import Capacity, losses
 from dora_convert.core.fields import Fields
+from dora_convert.core.peft_files import PEFT_PREFIX, alpha_of
 from dora_convert.core.protocols import AdapterFormat
 from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
@@ -22,18 +29,22 @@ from dora_convert.errors import InputError
 __all__ = ["FORMAT", "NvidiaFormat"]
 
 _CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
 _PARTS: Final = {
-    "down": re.compile(r"^(?P<path>.+)\.lora_A\.weight$"),
-    "up": re.compile(r"^(?P<path>.+)\.lora_B\.weight$"),
-    "magnitude": re.compile(r"^(?P<path>.+)\.weight_m_wdecomp\.weight$"),
+    "down": re.compile(r"^(?P<path>.+)\.lora_A(?:\.default)?\.weight$"),
+    "up": re.compile(r"^(?P<path>.+)\.lora_B(?:\.default)?\.weight$"),
+    "magnitude": re.compile(r"^(?P<path>.+)\.weight_m_wdecomp(?:\.default)?\.weight$"),
 }
+# How the LLaVA fork spells what the other spells with a capital: its mark.
+_LLAVA = "wdecompose_target_modules"
+_PROJECTOR = "mm_projector"
+_CAPACITY = Capacity(magnitude_only=True, one_scaling=True, replaced=True)
 
 
 class NvidiaFormat:
     """What the paper's authors trained with."""
 
-    title = "NVIDIA DoRA reference (commonsense_reasoning)"
+    title = "NVIDIA DoRA reference (commonsense reasoning, LLaVA)"
+    weights = "adapter_model.bin"
 
     def detect(self, bundle: Bundle) -> bool:
         """Whether magnitudes go by the reference's own name."""
@@ -49,6 +60,7 @@ class NvidiaFormat:
         fields = Fields(bundle.documents.get(_CONFIG, {}), _CONFIG, problems)
         _check_config(fields)
         modules, plain = _sort(bundle, problems)
+        notes = _drop_unused(modules) if _LLAVA in bundle.documents.get(_CONFIG, {}) else ()
         if not fields.has("lora_alpha") and any("down" in parts for parts in modules.values()):
             fields.reject("lora_alpha", "is missing: the reference has no default for it")
         rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 1.0)
@@ -58,12 +70,71 @@ class NvidiaFormat:
             replaced=_replaced(plain, fields, problems),
             base_model=fields.text("base_model_name_or_path") or None,
             task=fields.text("task_type"),
+            notes=notes,
         )
         if problems:
             raise InputError(
                 "the adapter cannot be used as it is", where=str(bundle.root), problems=problems
             )
         return adapter
+
+    def write(self, adapter: Adapter) -> Bundle:
+        """See `AdapterFormat.write`; in the spelling of the commonsense fork."""
+        problems = losses(adapter, _CAPACITY)
+        ranks = {m.delta.rank for m in adapter.modules.values() if m.delta is not None}
+        if len(ranks) > 1:
+            problems.append(f"it has one rank for all modules, here are {len(ranks)}")
+        saved = {n.rpartition(".")[0] for n in adapter.replaced if not n.endswith(".bias")}
+        if problems:
+            raise InputError("NVIDIA's layout cannot hold this adapter", problems=problems)
+        tensors = {
+            f"{PEFT_PREFIX}{path}.{name}": ref
+            for path, module in adapter.modules.items()
+            for name, ref in _stored(module)
+        }
+        tensors |= {PEFT_PREFIX + name: ref for name, ref in adapter.replaced.items()}
+        with_factors = [p for p, m in adapter.modules.items() if m.delta is not None]
+        scaling = next((adapter.modules[path].scaling for path in with_factors), 1.0)
+        rank = min(ranks, default=8)
+        config = {
+            "peft_type": "DORA",
+            "task_type": adapter.task,
+            "base_model_name_or_path": adapter.base_model,
+            "r": rank,
+            "lora_alpha": alpha_of(scaling, rank),
+            "target_modules": sorted(with_factors),
+            "Wdecompose_target_modules": sorted(adapter.modules.keys() - set(with_factors)) or None,
+            "lora_dropout": 0.0,
+            "dora_simple": False,
+            "merge_weights": False,
+            "fan_in_fan_out": False,
+            "enable_lora": None,
+            "bias": "all" if any(n.endswith(".bias") for n in adapter.replaced) else "none",
+            "modules_to_save": sorted(saved) or None,
+            "inference_mode": True,
+        }
+        named = {name: tensors[name].renamed(name) for name in sorted(tensors)}
+        return Bundle(Path(), named, {_CONFIG: config})
+
+
+def _stored(module: DoraModule) -> Iterator[tuple[str, TensorRef]]:
+    if module.delta is not None:
+        yield "lora_A.weight", module.delta.down
+        yield "lora_B.weight", module.delta.up
+    assert module.magnitude is not None
+    yield "weight_m_wdecomp.weight", module.magnitude.reshaped(module.magnitude.spec.numel, 1)
+
+
+def _drop_unused(modules: dict[str, dict[str, TensorRef]]) -> tuple[str, ...]:
+    unused = [path for path, parts in modules.items() if parts.keys() == {"magnitude"}]
+    for path in unused:
+        del modules[path]
+    if not unused:
+        return ()
+    return (
+        f"{len(unused)} modules have a magnitude alone, which this trainer's forward does not use: "
+        "they stay as the base has them",
+    )
 
 
 def _check_config(fields: Fields) -> None:
@@ -81,7 +152,7 @@ def _sort(
     modules: dict[str, dict[str, TensorRef]] = {}
     plain: dict[str, TensorRef] = {}
     for stored, ref in bundle.tensors.items():
-        name = stored.removeprefix(_PREFIX)
+        name = stored.removeprefix(PEFT_PREFIX)
         for part, pattern in _PARTS.items():
             found = pattern.match(name)
             if found is not None:
@@ -157,7 +228,8 @@ def _replaced(
     replaced = {}
     for name, ref in plain.items():
         path, _, leaf = name.rpartition(".")
-        if any(path.endswith(key) for key in to_save) or (biases and leaf == "bias"):
+        projector = _PROJECTOR in path.split(".")
+        if projector or any(path.endswith(key) for key in to_save) or (biases and leaf == "bias"):
             replaced[name] = ref
         else:
             problems.append(f"{ref.stored.name} {list(ref.stored.shape)} is not understood")

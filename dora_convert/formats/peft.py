@@ -23,13 +23,13 @@ from dora_convert.core.assembly import (
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.fields import Fields
 from dora_convert.core.peft_config import CONFIG, refuse_unmergeable, scalings, token_indices
+from dora_convert.core.peft_files import PEFT_PREFIX, peft_bundle
 from dora_convert.core.protocols import AdapterFormat
 from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
 
 __all__ = ["FORMAT", "PeftFormat"]
 
-_PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # The end of a key -> what the tensor is. The adapter's name, where present, is dropped.
@@ -74,6 +74,7 @@ class PeftFormat:
     """The format that most trainers write, and that all others are compared with."""
 
     title = "Hugging Face PEFT"
+    weights = "adapter_model.safetensors"
 
     def detect(self, bundle: Bundle) -> bool:
         """Whether LoRA tensors lie beside a config that is not of NVIDIA's fork."""
@@ -117,6 +118,10 @@ class PeftFormat:
             )
         return adapter
 
+    def write(self, adapter: Adapter) -> Bundle:
+        """See `AdapterFormat.write`."""
+        return peft_bundle(adapter)
+
 
 def _sort(bundle: Bundle, problems: list[str]) -> _Parts:
     parts = _Parts()
@@ -132,7 +137,8 @@ def _sort(bundle: Bundle, problems: list[str]) -> _Parts:
 
 
 def _clean(name: str) -> str:
-    return _WRAPPERS.sub("", name).removeprefix(_PREFIX)
+    # DistributedDataParallel wraps the whole model once.
+    return _WRAPPERS.sub("", name.removeprefix("module.")).removeprefix(PEFT_PREFIX)
 
 
 def _place(parts: _Parts, name: str, ref: TensorRef, problems: list[str]) -> None:

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RowFaults", "add_update", "column_factors", "overflows", "scale_rows", "square_sums"]
+__all__ = [
+    "RowFaults",
+    "add_update",
+    "column_factors",
+    "overflows",
+    "scale_by",
+    "scale_rows",
+    "square_sums",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,14 @@ def scale_rows(direction: Tensor, magnitude: Tensor) -> RowFaults:
     factor, faults = _factors(magnitude, norm)
     direction.mul_(factor.unsqueeze(1))
     return faults
+
+
+def scale_by(direction: Tensor, factor: Tensor) -> RowFaults:
+    """`direction [n, in]` times a factor `m / ||V||` that is known, `[n, 1]` or `[in]`."""
+    direction.mul_(factor)
+    if bool(torch.isfinite(direction.sum(dtype=torch.float64))):
+        return _NONE
+    return RowFaults(nonfinite=int((~torch.isfinite(direction).all(dim=1)).sum()))
 
 
 def overflows(exact: Tensor, narrow: Tensor) -> RowFaults:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dora_convert.core.adapter import Adapter
+from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis
 from dora_convert.core.bundle import Checkpoint
-from dora_convert.core.plan import Cast, Copy, Job, Merge, Op, PatchRows, Piece
+from dora_convert.core.plan import Cast, Copy, Job, Merge, Op, PatchRows, Piece, ScaleBias
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.planning.families import HEAD_TASKS, language_head, task_head
 from dora_convert.planning.match import Matching, Target
@@ -41,6 +42,7 @@ def merge_jobs(
     `dtype` replaces the element type of all plain floats; by default every tensor keeps its own.
     """
     pieces, bases = _pieces(matching)
+    biases = _scaled_biases(checkpoint, matching, pieces, bases)
     dropped = _dropped_heads(adapter, checkpoint, matching)
     jobs: dict[str, Job] = {}
     for name, ref in checkpoint.tensors.items():
@@ -48,6 +50,8 @@ def merge_jobs(
             op: Op
             if name in pieces:
                 op = Merge(bases.get(name, ref).matrix(), tuple(pieces[name]))
+            elif name in biases:
+                op = biases[name]
             elif name in matching.patches:
                 patch = matching.patches[name]
                 op = PatchRows(patch.weight or ref, patch)
@@ -84,6 +88,35 @@ def _pieces(matching: Matching) -> tuple[dict[str, list[Piece]], dict[str, Tenso
     return pieces, bases
 
 
+def _scaled_biases(
+    checkpoint: Checkpoint,
+    matching: Matching,
+    pieces: Mapping[str, list[Piece]],
+    bases: Mapping[str, TensorRef],
+) -> dict[str, ScaleBias]:
+    """Biases of layers whose trainer scaled the whole output, by tensor name."""
+    found = {}
+    for name, parts in pieces.items():
+        bias = name.removesuffix("weight") + "bias"
+        scaled = tuple(
+            part
+            for part in parts
+            if part.module.bias_rule is BiasRule.SCALED and part.module.magnitude is not None
+        )
+        if not scaled or bias not in checkpoint.tensors:
+            continue
+        base = bases.get(name, checkpoint.tensors[name]).matrix()
+        source = matching.replaced.get(bias, checkpoint.tensors[bias])
+        by_row = scaled[0].module.axis is MagnitudeAxis.OUT
+        if source.spec.shape != (base.spec.shape[0 if by_row else 1],):
+            matching.problems.append(
+                f"{bias}: {list(source.spec.shape)} is no bias of {name}, whose trainer scaled it"
+            )
+            continue
+        found[bias] = ScaleBias(source, base, scaled)
+    return found
+
+
 def _created(checkpoint: Checkpoint, matching: Matching, ties: Ties) -> list[tuple[str, Op, str]]:
     """Tensors that the checkpoint does not hold: (name, op, a stored tensor akin to it)."""
     created: list[tuple[str, Op, str]] = []
@@ -116,6 +149,8 @@ def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType 
             return Job(op if source.stored.dtype is kind else Cast(source), spec)
         case Merge(base):
             return Job(op, replace((shaped or base).spec, name=name, dtype=kind))
+        case ScaleBias(source):
+            return Job(op, replace(source.spec, name=name, dtype=kind))
         case PatchRows(base):
             return Job(op, replace(base.spec, name=name, dtype=kind))
 

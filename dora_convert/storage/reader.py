@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_convert.core.tensors import Pickled, Slice, Step, TensorRef, Transposed
+from dora_convert.core.tensors import Narrowed, Permuted, Pickled, Slice, Step, TensorRef
 from dora_convert.errors import InputError
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
@@ -71,15 +71,14 @@ class Reader:
             with self.rows(ref) as blocks:
                 size = ref.spec.row_bytes * (stop - start)
                 return blocks.read(start, stop, torch.empty(size, dtype=torch.uint8))
-        if isinstance(ref.source, Slice) and ref.view == (Transposed(),):
+        if isinstance(ref.source, Slice) and ref.view == (Permuted((1, 0)),):
             return self._columns(ref, ref.source, start, stop).T
         return self.load(ref)[start:stop]
 
     @contextmanager
     def rows(self, ref: TensorRef) -> Iterator[RowBlocks]:
-        """Row blocks of a tensor whose rows lie one after the other."""
-        assert ref.is_contiguous, ref
-        if isinstance(ref.source, Slice):
+        """Row blocks of a tensor; one whose rows do not lie one after the other is read whole."""
+        if isinstance(ref.source, Slice) and ref.is_contiguous:
             with opened(ref.source.file) as (fd, _):
                 yield RowBlocks(ref, fd, None)
         else:
@@ -113,7 +112,13 @@ class Reader:
 
 def _turned(tensor: Tensor, view: tuple[Step, ...]) -> Tensor:
     for step in view:
-        tensor = tensor.T if isinstance(step, Transposed) else tensor.reshape(step.shape)
+        match step:
+            case Permuted(axes):
+                tensor = tensor.permute(axes)
+            case Narrowed(axis, start, stop):
+                tensor = tensor.narrow(axis, start, stop - start)
+            case _:
+                tensor = tensor.reshape(step.shape)
     return tensor
 
 
