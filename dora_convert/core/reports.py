@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Figures", "Group", "Inspection", "MergeReport", "Rounding", "Verification"]
+__all__ = [
+    "ConvertReport",
+    "Figures",
+    "Group",
+    "Inspection",
+    "MergeReport",
+    "Rounding",
+    "Verification",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +114,18 @@ class MergeReport:
     seconds: dict[str, float]
     verification: Verification | None
     dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """An adapter in another layout: read as `source`, written as `format`. Size in bytes."""
+
+    output: str
+    adapter: str
+    source: str
+    format: str
+    modules: int
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]

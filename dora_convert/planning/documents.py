@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dora_convert.core.adapter import Adapter
-from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.core.bundle import Checkpoint, Json, json_text
 from dora_convert.core.plan import CarriedFile, Document, Shard, WrittenFile
 from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.planning.families import head_of, input_embedding, task_head, text_configs
@@ -55,24 +54,10 @@ def documents(
     config = repaired_config(adapter, checkpoint, specs, ties, dtype=dtype)
     # A base that was given as one file carries nothing along, but has a config all the same.
     if config != checkpoint.config or (config and "config.json" not in found):
-        found["config.json"] = WrittenFile("config.json", _text(config))
+        found["config.json"] = WrittenFile("config.json", json_text(config))
     if len(shards) > 1:
         found[INDEX] = WrittenFile(INDEX, index_text(shards))
     return tuple(found[name] for name in sorted(found))
-
-
-def _text(config: Json) -> str:
-    """The config as a person reads it; in ASCII if it holds what UTF-8 cannot, half a pair."""
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return text if _is_unicode(text) else json.dumps(config, indent=2) + "\n"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def repaired_config(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dora_convert.core.tensors import Pickled, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.dtypes import TORCH, from_torch
 from dora_convert.storage.opening import opened, quoted
+from dora_convert.storage.oserrors import writing
 
-__all__ = ["open_pickle", "read_pickle_header"]
+__all__ = ["open_pickle", "read_pickle_header", "save_pickle"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KNOWN = frozenset(TORCH.values())
@@ -49,6 +52,17 @@ def open_pickle(file: Path) -> dict[str, Tensor]:
         what = f"{file.name} is not a flat dictionary of plain tensors"
         raise InputError(what, where=str(file), problems=problems, hint=_CONVERT)
     return {key: tensor.detach() for key, tensor in content.items()}
+
+
+def save_pickle(source: Path, target: Path) -> None:
+    """The tensors of a safetensors file as the flat dictionary that `torch.load` gives back.
+
+    For trainers that read nothing else; on the disk when it returns. Raises OutputError.
+    """
+    with writing(target), target.open("xb") as file:
+        torch.save(load_file(source), file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _load(file: Path, *, zipped: bool) -> Any:

@@ -1,0 +1,104 @@
+"""`convert`: the same adapter in another trainer's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dora_convert.api.merging import Silent
+from dora_convert.api.reading import ReadOptions, read_adapter
+from dora_convert.core.bundle import json_text
+from dora_convert.core.plan import Cast, Copy, Job, Plan, Shard, WrittenFile
+from dora_convert.core.reports import ConvertReport
+from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.errors import InputError, VerificationError
+from dora_convert.formats import formats
+from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.sidefiles import write_documents
+from dora_convert.storage.staging import Staging, check_output
+from dora_convert.storage.weights import PICKLES
+
+__all__ = ["ConvertOptions", "convert"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What layout to write. `dtype`: element type of all floats, by default each tensor's own."""
+
+    format: str
+    dtype: DType | None = None
+    overwrite: bool = False
+
+
+def convert(
+    adapter: Path,
+    output: Path,
+    *,
+    base: Path | None = None,
+    options: ReadOptions | None = None,
+    how: ConvertOptions,
+) -> ConvertReport:
+    """Write `adapter` in the layout `how.format`, its values as they are.
+
+    A base is needed only where it alone decides: the axis of square magnitudes, the order of rows
+    by attention heads, whether there is a bias that a trainer scaled.
+
+    Raises InputError for what the layout cannot hold, MismatchError, OutputError, and
+    VerificationError where what was written does not read back the same.
+    """
+    target = formats.get(how.format)
+    options = options or ReadOptions()
+    found = read_adapter(adapter, options)
+    inputs = (adapter,) if base is None else (adapter, base)
+    check_output(output, inputs=inputs, overwrite=how.overwrite)
+    if base is not None:
+        open_checkpoint(base, allow_pickle=options.allow_pickle)
+    if not found.modules:
+        raise InputError("the adapter has no module", where=str(adapter))
+    made = target.write(found)
+    jobs = tuple(_job(name, ref, how.dtype) for name, ref in made.tensors.items())
+    texts = (WrittenFile(n, json_text(made.documents[n])) for n in sorted(made.documents))
+    plan = Plan((Shard(target.weights, jobs),), tuple(texts), found.notes)
+    with Staging(output, nbytes=plan.nbytes, overwrite=how.overwrite) as staging:
+        _write(plan, staging.dir)
+        write_documents(plan.documents, staging.dir)
+        staging.publish()
+    return ConvertReport(
+        output=str(output),
+        adapter=str(adapter),
+        source=found.format,
+        format=how.format,
+        modules=len(found.modules),
+        tensors=len(jobs),
+        nbytes=plan.nbytes,
+        files=(target.weights, *sorted(made.documents)),
+        notes=found.notes,
+    )
+
+
+def _job(name: str, ref: TensorRef, dtype: DType | None) -> Job:
+    kind = dtype if dtype is not None and ref.spec.dtype.is_weight else ref.spec.dtype
+    op = Copy(ref) if kind is ref.spec.dtype else Cast(ref)
+    return Job(op, replace(ref.spec, name=name, dtype=kind))
+
+
+def _write(plan: Plan, folder: Path) -> None:
+    """The weights, and a second look at every byte of them by another reader."""
+    from dora_convert.execution.run import run
+    from dora_convert.execution.verify import verify
+    from dora_convert.storage.pickled import save_pickle
+
+    (shard,) = plan.shards
+    pickled = Path(shard.file).suffix in PICKLES
+    name = "weights.safetensors" if pickled else shard.file
+    run(replace(plan, shards=(replace(shard, file=name),)), folder, workers=1, listener=Silent())
+    result = verify(plan, {spec.name: folder / name for spec in shard.specs}, samples=None)
+    if result.differences:
+        raise VerificationError(
+            "the result does not read back as it was to be; it was discarded",
+            problems=result.differences,
+            hint="This is a bug, or a fault of disk or memory: please report it.",
+        )
+    if pickled:
+        save_pickle(folder / name, folder / shard.file)
+        (folder / name).unlink()
