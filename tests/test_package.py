@@ -78,8 +78,11 @@ def test_public_names(name: str) -> None:
     assert own <= set(declared) <= own | reexported(module)
 
 
+PLUG_INS = (("formats", "FORMAT"), ("quant", "QUANTIZER"), ("cli.commands", "COMMAND"))
+
+
 def test_plug_ins() -> None:
-    for package, attribute in (("formats", "FORMAT"), ("cli.commands", "COMMAND")):
+    for package, attribute in PLUG_INS:
         folder = ROOT / package.replace(".", "/")
         names = [path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")]
         assert names

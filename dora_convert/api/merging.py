@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_convert.api.bases import open_base
 from dora_convert.api.reading import ReadOptions, checked, named_base, read_adapter, worker_count
+from dora_convert.api.settling import settled
 from dora_convert.core.adapter import Adapter
-from dora_convert.core.plan import Copy, Merge, Plan
+from dora_convert.core.plan import Copy, Job, Merge, Plan, Quantise
 from dora_convert.core.reports import MergeReport, Verification
 from dora_convert.core.tensors import DType
-from dora_convert.errors import VerificationError
+from dora_convert.errors import InputError, VerificationError
 from dora_convert.planning.planner import plan_merge
-from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.planning.quantise import Scheme
 from dora_convert.storage.sidefiles import documents_size, own_files, write_documents
 from dora_convert.storage.staging import Staging, check_output
 
@@ -31,7 +34,8 @@ class MergeOptions:
     `dtype`: element type of all plain floats, by default each tensor's own. `max_shard_size`:
     bytes; by default the base's own shards. `workers`: threads, by default one a core.
     `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them. `samples`: rows and
-    modules that are recomputed afterwards, None for all, 0 for none.
+    modules that are recomputed afterwards, None for all, 0 for none. `quantize`: the scheme of
+    `quant` to store weights in, but for the modules that match a glob of `keep_dense`.
     """
 
     dtype: DType | None = None
@@ -41,6 +45,8 @@ class MergeOptions:
     overwrite: bool = False
     dry_run: bool = False
     samples: int | None = 16
+    quantize: str | None = None
+    keep_dense: Sequence[str] = ()
 
 
 class Silent:
@@ -75,7 +81,8 @@ def merge(
     found = read_adapter(adapter, options)
     base = base or named_base(found)
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
-    checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
+    checkpoint = open_base(base, options)
+    found = settled(found, checkpoint, transposed=options.transposed)
     own = own_files(adapter, base) if adapter.is_dir() and base.is_dir() else {}
     proposal = plan_merge(
         found,
@@ -84,6 +91,7 @@ def merge(
         max_shard_size=how.max_shard_size,
         transposed=options.transposed,
         overrides=own,
+        scheme=_scheme(how),
     )
     notes = checked(proposal, found, adapter, base)
     if own:
@@ -97,6 +105,16 @@ def merge(
         verification = _write(plan, output, how, listener or Silent(), seconds)
     seconds["total"] = time.perf_counter() - begun
     return _report(plan, found, adapter, base, output, seconds, verification)
+
+
+def _scheme(how: MergeOptions) -> Scheme | None:
+    if how.quantize is None:
+        if how.keep_dense:
+            raise InputError("keep_dense says what is not quantised: name a scheme as well")
+        return None
+    from dora_convert import quant
+
+    return Scheme(how.quantize, quant.writable(how.quantize), tuple(how.keep_dense))
 
 
 def _check_rows(plan: Plan, how: MergeOptions) -> None:
@@ -154,6 +172,10 @@ def _verified(plan: Plan, folder: Path, *, samples: int | None, workers: int) ->
     return result
 
 
+def _is_merged(job: Job) -> bool:
+    return isinstance(job.op, Merge) or (isinstance(job.op, Quantise) and bool(job.op.pieces))
+
+
 def _report(
     plan: Plan,
     found: Adapter,
@@ -163,9 +185,12 @@ def _report(
     seconds: dict[str, float],
     verification: Verification | None,
 ) -> MergeReport:
-    merged = sum(isinstance(job.op, Merge) for job in plan.jobs)
+    merged = sum(_is_merged(job) for job in plan.jobs)
     untouched = sum(
-        isinstance(job.op, Copy) and job.output.name not in found.replaced for job in plan.jobs
+        isinstance(job.op, Copy | Quantise)
+        and not _is_merged(job)
+        and job.output.name not in found.replaced
+        for job in plan.jobs
     )
     files = (*(shard.file for shard in plan.shards), *(doc.name for doc in plan.documents))
     return MergeReport(

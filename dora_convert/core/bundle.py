@@ -48,7 +48,8 @@ class Checkpoint:
     """A base model: tensors by disk name, the shard of each, its config and its other files.
 
     `shards` maps a tensor's name to the file that holds it. `files` are the paths, relative to
-    `root`, of all that is carried over beside the weights.
+    `root`, of all that is carried over beside the weights. `schemes` are the quantisations that its
+    weights lie in, where they are seen as the dense ones that they stand for.
     """
 
     root: Path
@@ -56,3 +57,4 @@ class Checkpoint:
     shards: Mapping[str, str]
     config: Json
     files: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()

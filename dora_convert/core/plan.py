@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from dora_convert.core.adapter import DoraModule, TokenRows
+from dora_convert.core.quantized import QuantizedWeight
 from dora_convert.core.tensors import TensorRef, TensorSpec
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PatchRows",
     "Piece",
     "Plan",
+    "Quantise",
     "ScaleBias",
     "Shard",
     "WrittenFile",
@@ -81,15 +83,37 @@ class ScaleBias:
     pieces: tuple[Piece, ...]
 
 
-Op: TypeAlias = Copy | Cast | Merge | PatchRows | ScaleBias
+@dataclass(frozen=True, slots=True)
+class Quantise:
+    """Rows as `Merge` makes them, stored in a quantisation scheme as the parts of `weight`."""
+
+    base: TensorRef
+    pieces: tuple[Piece, ...]
+    scheme: str
+    weight: QuantizedWeight
+
+
+Op: TypeAlias = Copy | Cast | Merge | PatchRows | ScaleBias | Quantise
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """How one output tensor comes about."""
+    """How one output tensor comes about. `output` is what it stands for, dense."""
 
     op: Op
     output: TensorSpec
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The tensors that the file holds of it: itself, or the parts of a quantised one."""
+        if isinstance(self.op, Quantise):
+            return tuple(self.op.weight.parts.values())
+        return (self.output,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(spec.nbytes for spec in self.stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +126,7 @@ class Shard:
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The tensors it holds."""
-        return tuple(job.output for job in self.jobs)
+        return tuple(spec for job in self.jobs for spec in job.stored)
 
     @property
     def nbytes(self) -> int:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from dora_convert.core.quantized import QuantizedWeight
 
 __all__ = [
     "DType",
+    "Encoded",
     "Narrowed",
     "Permuted",
     "Pickled",
@@ -116,7 +121,20 @@ class Pickled:
     key: str
 
 
-Source: TypeAlias = Slice | Pickled
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A matrix in a quantisation scheme; `parts` are its stored tensors by role.
+
+    `rest` are tensors that lie beside them and are not needed to decode it, such as its shape.
+    """
+
+    scheme: str
+    weight: QuantizedWeight
+    parts: Mapping[str, TensorRef]
+    rest: tuple[TensorRef, ...] = ()
+
+
+Source: TypeAlias = Slice | Pickled | Encoded
 
 
 @dataclass(frozen=True, slots=True)

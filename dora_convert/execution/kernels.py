@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
-from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, ScaleBias
-from dora_convert.core.tensors import DType, Slice, TensorRef
+from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Quantise, ScaleBias
+from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef
 from dora_convert.errors import InputError
 from dora_convert.execution.units import Unit
 from dora_convert.maths.dora import (
@@ -30,9 +30,11 @@ from dora_convert.storage.shards import ShardWriter
 __all__ = [
     "BLOCK_BYTES",
     "Buffers",
+    "Input",
     "Operands",
     "Output",
     "figure_dtype",
+    "merged_rows",
     "run_unit",
     "sum_columns",
     "work_dtype",
@@ -99,13 +101,19 @@ class Operands:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """Where a unit's bytes go, and the column factors of two-pass jobs by tensor name."""
+class Input:
+    """What a unit's rows are made with; `factors` are those of columns, by tensor name."""
 
     reader: Reader
     buffers: Buffers
+    factors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Input):
+    """The same, and where the bytes go."""
+
     writer: ShardWriter
-    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def work_dtype(*kinds: DType) -> torch.dtype:
@@ -124,7 +132,7 @@ def figure_dtype(kind: DType) -> torch.dtype:
 
 
 def run_unit(unit: Unit, out: Output) -> RowFaults:
-    """Do it; returns the rows whose result is undefined."""
+    """Do it, unless it is for `quantise`; returns the rows whose result is undefined."""
     match unit.job.op:
         case Copy(source):
             _copy(unit, source, out)
@@ -141,12 +149,14 @@ def run_unit(unit: Unit, out: Output) -> RowFaults:
             return _merge(unit, base, pieces, out)
         case ScaleBias(source, base, pieces):
             return _scale_bias(unit, source, base, pieces, out)
+        case Quantise():
+            raise AssertionError(unit)
     return RowFaults()
 
 
 def sum_columns(unit: Unit, reader: Reader, buffers: Buffers) -> Tensor:
     """First pass over an IN job: squared norms of V's columns over the unit's rows, `[in]`."""
-    assert isinstance(unit.job.op, Merge)
+    assert isinstance(unit.job.op, Merge | Quantise)
     base, (piece,) = unit.job.op.base, unit.job.op.pieces
     return _column_squares(unit, base, piece, reader, buffers)
 
@@ -177,38 +187,73 @@ def _directions(
             yield start, stop, work
 
 
+def merged_rows(
+    unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], given: Input, *, multiple: int = 1
+) -> Iterator[tuple[int, int, Tensor, RowFaults]]:
+    """Blocks `(start, stop, W', faults)` of a unit; rows outside every piece are the base's own.
+
+    Blocks have a multiple of `multiple` rows, but for the last.
+    """
+    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
+    columns = base.spec.shape[1]
+    spans = _spans(unit, pieces, given.reader, dtype)
+    factors = given.factors.get(unit.job.output.name)
+    with given.reader.rows(base) as blocks:
+        for start, stop in blocks.spans(unit.start, unit.stop, BLOCK_BYTES, multiple=multiple):
+            raw = given.buffers.take("raw", base.spec.row_bytes * (stop - start))
+            work, _ = given.buffers.matrix("work", stop - start, columns, dtype)
+            work.copy_(blocks.read(start, stop, raw))
+            faults = RowFaults()
+            for span in spans:
+                a, b = max(start, span.start), min(stop, span.stop)
+                if a < b:
+                    faults += _merge_part(work[a - start : b - start], span, a, factors)
+            yield start, stop, work, faults
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Rows `start:stop` that one module covers, and its factors for them."""
+
+    start: int
+    stop: int
+    module: DoraModule
+    operands: Operands
+
+
+def _spans(
+    unit: Unit, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
+) -> list[_Span]:
+    spans = []
+    for piece in pieces:
+        start, stop = max(piece.start, unit.start), min(piece.stop, unit.stop)
+        if start < stop:
+            operands = Operands.load(reader, piece, start, stop, dtype)
+            spans.append(_Span(start, stop, piece.module, operands))
+    return spans
+
+
+def _merge_part(work: Tensor, span: _Span, start: int, factors: Tensor | None) -> RowFaults:
+    """Rows from `start` on, of W in place to those of W'; `factors` are those of columns."""
+    operands = span.operands
+    rows = slice(start - span.start, start - span.start + work.shape[0])
+    if operands.up is not None and operands.down is not None:
+        add_update(work, operands.up[rows], operands.down)
+    if factors is not None:
+        work.mul_(factors.to(work.dtype))
+    elif operands.magnitude is not None:
+        return _scale(work, span.module, operands.magnitude, rows)
+    return RowFaults()
+
+
 def _merge(unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], out: Output) -> RowFaults:
     faults = RowFaults()
-    position = unit.start
-    for piece in (*pieces, None):
-        first = min(max(piece.start, unit.start), unit.stop) if piece else unit.stop
-        last = min(piece.stop, unit.stop) if piece else unit.stop
-        if position < first:
-            _merge_span(Unit(unit.shard, unit.job, position, first), base, None, out)
-        if piece is not None and first < last:
-            span = Unit(unit.shard, unit.job, first, last)
-            faults += _merge_span(span, base, piece, out)
-        position = max(position, last)
-    return faults
-
-
-def _merge_span(unit: Unit, base: TensorRef, piece: Piece | None, out: Output) -> RowFaults:
-    """Rows of one piece, or of none: those are the base's own."""
-    faults = RowFaults()
     name, columns = unit.job.output.name, base.spec.shape[1]
-    dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     narrow_type = TORCH[unit.job.output.dtype]
-    operands = Operands(None, None, None)
-    if piece is not None:
-        operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)
-    for start, stop, work in _directions(unit, base, operands, out.reader, out.buffers):
-        if name in out.factors:
-            work.mul_(out.factors[name].to(dtype))
-        elif operands.magnitude is not None and piece is not None:
-            span = slice(start - unit.start, stop - unit.start)
-            faults += _scale(work, piece.module, operands.magnitude, span)
+    for start, stop, work, fault in merged_rows(unit, base, pieces, out):
         narrow, data = out.buffers.matrix("out", stop - start, columns, narrow_type)
         narrow.copy_(work)
+        faults += fault
         faults += overflows(work, narrow)
         out.writer.write(name, start * columns * narrow_type.itemsize, data)
     return faults
@@ -264,6 +309,8 @@ def _bias_factors(
 
 
 def _copy_or_cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
+    if isinstance(source.source, Encoded):
+        return _cast(Unit(unit.shard, unit.job, 0, source.spec.shape[0]), source, out)
     if source.spec.dtype is not unit.job.output.dtype:
         return _cast(unit, source, out)
     _copy(Unit(unit.shard, unit.job, 0, unit.job.output.nbytes), source, out)
@@ -292,8 +339,10 @@ def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
     name, dtype = unit.job.output.name, TORCH[unit.job.output.dtype]
     matrix = source.matrix()
     rows, columns = matrix.spec.shape
+    # What is decoded is cut into units by rows; other casts are one unit.
+    span = (unit.start, unit.stop) if isinstance(source.source, Encoded) else (0, rows)
     with out.reader.rows(matrix) as blocks:
-        for start, stop in blocks.spans(0, rows, BLOCK_BYTES):
+        for start, stop in blocks.spans(*span, BLOCK_BYTES):
             raw = out.buffers.take("raw", matrix.spec.row_bytes * (stop - start))
             narrow, data = out.buffers.matrix("out", stop - start, columns, dtype)
             stored = blocks.read(start, stop, raw)

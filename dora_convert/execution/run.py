@@ -12,10 +12,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dora_convert.core.plan import Merge, Plan
+from dora_convert.core.plan import Merge, Plan, Quantise
 from dora_convert.core.protocols import Listener
+from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
-from dora_convert.execution.kernels import Buffers, Output, run_unit, sum_columns
+from dora_convert.execution.kernels import Buffers, Input, Output, run_unit, sum_columns
+from dora_convert.execution.quantise import (
+    gather_statistics,
+    is_surveyed,
+    quantise_unit,
+    survey_unit,
+)
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass, units
 from dora_convert.maths.dora import RowFaults, column_factors
@@ -54,7 +61,7 @@ class _Run:
     folder: Path
     workers: int
     listener: Listener
-    reader: Reader = field(default_factory=Reader)
+    reader: Reader = field(default_factory=open_reader)
     faults: _Faults = field(default_factory=_Faults)
 
 
@@ -76,7 +83,8 @@ def run(
     work = list(units(plan))
     listener.started(plan.nbytes)
     factors = _measure(this, [unit for unit in work if is_two_pass(unit.job)])
-    merged = _write(this, work, factors)
+    statistics = _survey(this, [unit for unit in work if is_surveyed(unit)], factors)
+    merged = _write(this, work, factors, statistics)
     raise_faults(
         this.faults.found,
         "the merged weights are not defined everywhere; nothing was written",
@@ -103,12 +111,25 @@ def _measure(this: _Run, work: Sequence[Unit]) -> dict[str, Tensor]:
     factors = {}
     for name, squares in totals.items():
         op = next(u.job.op for u in work if u.job.output.name == name)
-        assert isinstance(op, Merge)
+        assert isinstance(op, Merge | Quantise)
         magnitude = op.pieces[0].module.magnitude
         assert magnitude is not None
         factors[name], fault = column_factors(this.reader.load(magnitude), squares)
         this.faults.add(name, fault)
     return factors
+
+
+def _survey(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """First pass of schemes that need a number of the whole tensor: that number, by name."""
+    surveys: dict[int, list[Tensor]] = {}
+    buffers = _PerThread()
+
+    def survey(item: tuple[int, Unit]) -> None:
+        given = Input(this.reader, buffers.own, factors)
+        surveys[item[0]] = survey_unit(item[1], given)
+
+    in_threads(list(enumerate(work)), survey, this.workers)
+    return gather_statistics(work, surveys)
 
 
 class _PerThread(threading.local):
@@ -151,16 +172,23 @@ class _Shards:
         return [ShardWriter(self._folder / shard.file, shard.specs) for shard in missing]
 
 
-def _write(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> float:
+def _write(
+    this: _Run,
+    work: Sequence[Unit],
+    factors: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
+) -> float:
     """All units; returns the time at which the last byte was handed to the system."""
     shards = _Shards(this.plan, work, this.folder)
     sealer = _Sealer(this.listener)
     buffers = _PerThread()
 
     def write(unit: Unit) -> None:
-        output = Output(this.reader, buffers.own, shards.writer(unit.shard), factors)
-        this.faults.add(unit.job.output.name, run_unit(unit, output))
-        this.listener.advanced(_nbytes(unit))
+        output = Output(this.reader, buffers.own, factors, shards.writer(unit.shard))
+        quantised = isinstance(unit.job.op, Quantise)
+        found = quantise_unit(unit, output, statistics) if quantised else run_unit(unit, output)
+        this.faults.add(unit.job.output.name, found)
+        this.listener.advanced(unit.nbytes)
         complete = shards.done(unit.shard)
         if complete is not None:
             sealer.put(complete)
@@ -177,13 +205,6 @@ def _write(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> f
         shards.close()
     sealer.finish()
     return merged
-
-
-def _nbytes(unit: Unit) -> int:
-    whole = unit.job.output.nbytes
-    if isinstance(unit.job.op, Merge):
-        return whole * (unit.stop - unit.start) // unit.job.op.base.spec.shape[0]
-    return min(unit.stop - unit.start, whole) if unit.stop - unit.start > 1 else whole
 
 
 class _Sealer:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dora_convert import quant
 from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
-from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan, ScaleBias
-from dora_convert.core.tensors import Slice
+from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan, Quantise, ScaleBias
+from dora_convert.core.tensors import Encoded, Slice, TensorRef
 
 __all__ = ["Unit", "is_two_pass", "units"]
 
@@ -17,17 +18,21 @@ _UNIT_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Part `start:stop` of one job, in rows; in bytes where bytes are copied as they are."""
+    """Part `start:stop` of one job, in rows; in bytes where bytes are copied as they are.
+
+    `nbytes` are those of the output that it accounts for.
+    """
 
     shard: int
     job: Job
     start: int
     stop: int
+    nbytes: int = 0
 
 
 def is_two_pass(job: Job) -> bool:
     """Whether norms run over the rows, so that all rows must be seen before one is written."""
-    return isinstance(job.op, Merge) and any(
+    return isinstance(job.op, Merge | Quantise) and any(
         piece.module.axis is MagnitudeAxis.IN
         and piece.module.magnitude is not None
         and piece.module.magnitude_is is MagnitudeKind.NORM
@@ -48,9 +53,22 @@ def _cut(shard: int, job: Job) -> Iterator[Unit]:
         case Copy(source) if isinstance(source.source, Slice) and not source.view:
             total, step = job.output.nbytes, 2 * _UNIT_BYTES
         case Merge(base):
-            total = base.spec.shape[0]
-            step = max(1, _UNIT_BYTES * total // max(base.spec.nbytes, 1))
+            total, step = _rows(base)
+        case Quantise(base, _, scheme, weight):
+            total, step = _rows(base)
+            multiple = quant.writable(scheme).row_multiple(weight)
+            step = -(-step // multiple) * multiple
+        case Cast(source) if isinstance(source.source, Encoded):
+            total, step = _rows(source)
         case Copy() | Cast() | PatchRows() | ScaleBias():
             pass  # small, or rare enough to be one piece
     for start in range(0, total, step):
-        yield Unit(shard, job, start, min(start + step, total))
+        stop = min(start + step, total)
+        whole = job.nbytes
+        yield Unit(shard, job, start, stop, whole * stop // total - whole * start // total)
+
+
+def _rows(ref: TensorRef) -> tuple[int, int]:
+    """How many there are, and how many of them make a unit."""
+    total = ref.spec.shape[0]
+    return total, max(1, _UNIT_BYTES * total // max(ref.spec.nbytes, 1))

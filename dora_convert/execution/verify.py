@@ -7,7 +7,6 @@ Only the plan is shared: what was to be done, not how.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dora_convert import quant
 from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
-from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Piece, Plan, ScaleBias
+from dora_convert.core.plan import (
+    Cast,
+    Copy,
+    Job,
+    Merge,
+    PatchRows,
+    Piece,
+    Plan,
+    Quantise,
+    ScaleBias,
+)
 from dora_convert.core.reports import Rounding, Verification
-from dora_convert.core.tensors import Narrowed, Permuted, Pickled, TensorRef
+from dora_convert.core.tensors import TensorRef, TensorSpec
 from dora_convert.execution.threads import in_threads
+from dora_convert.execution.witness import requantised, rows_of, source_rows, stored_rows, whole
 
 __all__ = ["verify"]
 
@@ -60,22 +71,28 @@ def verify(
     `samples` rows of some modules and as many blocks of untouched tensors are looked at; None
     looks at everything. `tolerance` is in units of the last place of the output's type.
     """
-    merges = [job for job in plan.jobs if isinstance(job.op, Merge)]
+    merges = [job for job in plan.jobs if isinstance(job.op, Merge | Quantise)]
     chosen = {job.output.name for job in _some(merges, samples)}
     tallies: dict[str, _Tally] = {}
 
     def check(job: Job) -> None:
         own = tallies[job.output.name] = _Tally()
-        file = files.get(job.output.name)
-        if file is None:
-            own.differences.append(f"{job.output.name}: missing")
-        elif _has_layout(job, file, own):
-            if isinstance(job.op, ScaleBias):
-                _compare_bias(job, job.op, file, tolerance, own)
-            elif not isinstance(job.op, Merge):
+        missing = [spec.name for spec in job.stored if spec.name not in files]
+        own.differences += [f"{name}: missing" for name in missing]
+        if missing or not all(_has_layout(spec, files[spec.name], own) for spec in job.stored):
+            return
+        file = files[job.stored[0].name]
+        match job.op:
+            case Merge() as op:
+                if job.output.name in chosen:
+                    _compare_merge(job, op, file, samples, tolerance, own)
+            case Quantise() as op:
+                if job.output.name in chosen:
+                    _compare_quantised(op, files, samples, own)
+            case ScaleBias() as op:
+                _compare_bias(job, op, file, tolerance, own)
+            case _:
                 _compare_plain(job, file, samples, own)
-            elif job.output.name in chosen:
-                _compare_merge(job, job.op, file, samples, tolerance, own)
 
     in_threads(plan.jobs, check, workers)
     tally = _Tally()
@@ -98,16 +115,15 @@ def verify(
     )
 
 
-def _has_layout(job: Job, file: Path, tally: _Tally) -> bool:
+def _has_layout(spec: TensorSpec, file: Path, tally: _Tally) -> bool:
     """Whether the stored tensor has the type and the shape that were planned."""
     with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(job.output.name)
+        stored = handle.get_slice(spec.name)
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-    if (dtype, shape) == (job.output.dtype.label, job.output.shape):
+    if (dtype, shape) == (spec.dtype.label, spec.shape):
         return True
     tally.differences.append(
-        f"{job.output.name}: {dtype} {list(shape)}, expected "
-        f"{job.output.dtype.label} {list(job.output.shape)}"
+        f"{spec.name}: {dtype} {list(shape)}, expected {spec.dtype.label} {list(spec.shape)}"
     )
     return False
 
@@ -117,60 +133,6 @@ def _some(jobs: Sequence[Job], samples: int | None) -> Sequence[Job]:
         return jobs
     step = len(jobs) / samples
     return [jobs[int(i * step)] for i in range(samples)]
-
-
-def _rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
-    """Rows of a stored tensor as a matrix, by safetensors' own reader."""
-    with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(name)
-        if len(rows) == rows[-1] - rows[0] + 1:
-            found: Tensor = stored[rows[0] : rows[-1] + 1]
-        else:
-            found = torch.cat([stored[i : i + 1] for i in rows])
-    return found.reshape(len(rows), -1)
-
-
-def _unpickled(source: Pickled) -> Tensor:
-    loaded: Mapping[str, Tensor] = torch.load(
-        source.file,
-        weights_only=True,
-        map_location="cpu",
-        # Old files are no zip archives and cannot be mapped.
-        mmap=zipfile.is_zipfile(source.file),
-    )
-    return loaded[source.key].detach()
-
-
-def _source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
-    if not ref.is_contiguous:
-        return _viewed(ref).reshape(ref.spec.shape[0], -1)[list(rows)]
-    if isinstance(ref.source, Pickled):
-        whole = _unpickled(ref.source)
-        return whole.reshape(ref.spec.shape[0], -1)[list(rows)]
-    return _rows_of(ref.source.file, ref.stored.name, rows)
-
-
-def _whole(ref: TensorRef) -> Tensor:
-    """A small tensor in float64, its view applied."""
-    return _viewed(ref).double()
-
-
-def _viewed(ref: TensorRef) -> Tensor:
-    result: Tensor
-    if isinstance(ref.source, Pickled):
-        result = _unpickled(ref.source)
-    else:
-        with safe_open(ref.source.file, framework="pt") as handle:
-            result = handle.get_tensor(ref.stored.name)
-    for step in ref.view:
-        match step:
-            case Permuted(axes):
-                result = torch.permute(result, axes)
-            case Narrowed(axis, start, stop):
-                result = result.index_select(axis, torch.arange(start, stop))
-            case _:
-                result = result.reshape(step.shape)
-    return result
 
 
 def _spans(rows: int, columns: int, samples: int | None) -> list[list[int]]:
@@ -195,7 +157,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
         return
     columns = math.prod(shape[1:])
     for rows in _spans(shape[0], columns, samples):
-        got = _rows_of(file, name, rows)
+        got = rows_of(file, name, rows)
         expected = _expected_rows(job, rows, got.dtype)
         tally.compared += got.numel() * got.dtype.itemsize
         if not _same_bits(got, expected):
@@ -207,21 +169,21 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
 
 def _scalar(job: Job) -> Tensor:
     assert isinstance(job.op, Copy | Cast)
-    return _whole(job.op.source).reshape(1, 1)
+    return whole(job.op.source).reshape(1, 1)
 
 
 def _expected_rows(job: Job, rows: Sequence[int], kind: torch.dtype) -> Tensor:
     match job.op:
         case Copy(source) | Cast(source):
-            return _source_rows(source, rows).to(kind)
+            return source_rows(source, rows).to(kind)
         case PatchRows(base, patch):
-            expected = _source_rows(base, rows).to(kind, copy=True)
-            trained = _whole(patch.rows)
+            expected = source_rows(base, rows).to(kind, copy=True)
+            trained = whole(patch.rows)
             for i, index in enumerate(patch.indices):
                 if index in rows:
                     expected[rows.index(index)] = trained[i].to(kind)
             return expected
-        case Merge() | ScaleBias():
+        case Merge() | ScaleBias() | Quantise():
             raise AssertionError(job)
 
 
@@ -238,23 +200,11 @@ def _compare_merge(
     job: Job, op: Merge, file: Path, samples: int | None, tolerance: float, tally: _Tally
 ) -> None:
     name, (count, columns) = job.output.name, op.base.spec.shape
-    norms = {
-        id(piece): _column_norms(op.base, piece.module)
-        for piece in op.pieces
-        if _needs_columns(piece)
-    }
+    norms = _norms_of_columns(op)
     wrong = 0
     for rows in _spans(count, columns, samples):
-        base = _source_rows(op.base, rows).double()
-        exact = base.clone()
-        for piece in op.pieces:
-            inside = [i for i, row in enumerate(rows) if piece.start <= row < piece.stop]
-            if inside:
-                module_rows = [rows[i] - piece.start + piece.offset for i in inside]
-                exact[inside] = _exact(
-                    base[inside], piece.module, module_rows, norms.get(id(piece))
-                )
-        got = _rows_of(file, name, rows)
+        base, exact = _expected_merge(op, rows, norms)
+        got = rows_of(file, name, rows)
         wrong += _compare(got, exact, base, tolerance, tally)
         tally.rows += len(rows)
     tally.modules |= {piece.module.path for piece in op.pieces}
@@ -262,15 +212,65 @@ def _compare_merge(
         tally.differences.append(f"{name}: {wrong} values are not the recomputed ones")
 
 
+def _norms_of_columns(op: Merge | Quantise) -> dict[int, Tensor]:
+    """For the pieces that need them, by identity."""
+    return {
+        id(piece): _column_norms(op.base, piece.module)
+        for piece in op.pieces
+        if _needs_columns(piece)
+    }
+
+
+def _expected_merge(
+    op: Merge | Quantise, rows: Sequence[int], norms: Mapping[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """W and W' of some rows, in float64."""
+    base = source_rows(op.base, rows).double()
+    exact = base.clone()
+    for piece in op.pieces:
+        inside = [i for i, row in enumerate(rows) if piece.start <= row < piece.stop]
+        if inside:
+            module_rows = [rows[i] - piece.start + piece.offset for i in inside]
+            exact[inside] = _exact(base[inside], piece.module, module_rows, norms.get(id(piece)))
+    return base, exact
+
+
+def _compare_quantised(
+    op: Quantise, files: Mapping[str, Path], samples: int | None, tally: _Tally
+) -> None:
+    """What the file decodes to is as near to W' as the scheme brings those rows on their own."""
+    scheme, weight = quant.writable(op.scheme), op.weight
+    norms = _norms_of_columns(op)
+    height = max(scheme.row_multiple(weight), 16)
+    starts = range(0, weight.rows, height)
+    if samples is not None and len(starts) > samples:
+        starts = starts[:: -(-len(starts) // samples)]
+    far = 0
+    for start in starts:
+        rows = range(start, min(start + height, weight.rows))
+        _, exact = _expected_merge(op, rows, norms)
+        got = stored_rows(op.scheme, weight, files, rows)
+        alone = requantised(scheme, weight.dense, exact.float())
+        # Statistics of the whole tensor are not those of some rows: hence twice.
+        limit = 2 * float((alone - exact).norm()) + 1e-6 * float(exact.norm())
+        far += float((got - exact).norm()) > limit
+        tally.rows += len(rows)
+    tally.modules |= {piece.module.path for piece in op.pieces}
+    if far:
+        tally.differences.append(
+            f"{weight.dense.name}: {far} blocks of rows do not decode to the recomputed ones"
+        )
+
+
 def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None) -> Tensor:
     """The paper's formula on some rows, in float64."""
     direction = base
     if module.delta is not None:
-        up, down = _whole(module.delta.up)[list(rows)], _whole(module.delta.down)
+        up, down = whole(module.delta.up)[list(rows)], whole(module.delta.down)
         direction = base + module.scaling * (up @ down)
     if module.magnitude is None:
         return direction
-    magnitude = _whole(module.magnitude)
+    magnitude = whole(module.magnitude)
     if module.magnitude_is is MagnitudeKind.FACTOR:
         by_row = module.axis is MagnitudeAxis.OUT
         return direction * (magnitude[list(rows)].unsqueeze(1) if by_row else magnitude)
@@ -293,11 +293,11 @@ def _needs_columns(piece: Piece) -> bool:
 def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: _Tally) -> None:
     """All of a scaled bias: it is short, though its norms take a pass over the weight."""
     name = job.output.name
-    exact = _whole(op.source)
+    exact = whole(op.source)
     for piece in op.pieces:
         module = piece.module
         assert module.magnitude is not None
-        magnitude, by_row = _whole(module.magnitude), module.axis is MagnitudeAxis.OUT
+        magnitude, by_row = whole(module.magnitude), module.axis is MagnitudeAxis.OUT
         span = slice(piece.start, piece.stop) if by_row else slice(None)
         if by_row:
             magnitude = magnitude[piece.offset : piece.offset + piece.stop - piece.start]
@@ -305,7 +305,7 @@ def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: 
             length = _row_norms(op.base, piece) if by_row else _column_norms(op.base, module)
             magnitude = torch.where(length > 0, magnitude / length, torch.zeros_like(length))
         exact[span] *= magnitude
-    got = _rows_of(file, name, range(len(exact))).view(1, -1)
+    got = rows_of(file, name, range(len(exact))).view(1, -1)
     exact = exact.view(1, -1)
     if _compare(got, exact, exact, tolerance, _Tally()):
         tally.differences.append(f"{name}: the bias is not the recomputed one")
@@ -315,10 +315,10 @@ def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: 
 def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
     norms = []
     for block in _spans(piece.stop - piece.start, base.spec.shape[1], None):
-        direction = _source_rows(base, [piece.start + i for i in block]).double()
+        direction = source_rows(base, [piece.start + i for i in block]).double()
         if piece.module.delta is not None:
             delta = piece.module.delta
-            up, down = _whole(delta.up)[[piece.offset + i for i in block]], _whole(delta.down)
+            up, down = whole(delta.up)[[piece.offset + i for i in block]], whole(delta.down)
             direction = direction + piece.module.scaling * (up @ down)
         norms.append(direction.square().sum(dim=1).sqrt())
     return torch.cat(norms)
@@ -327,9 +327,9 @@ def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
 def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
     total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
     for rows in _spans(base.spec.shape[0], base.spec.shape[1], None):
-        direction = _source_rows(base, rows).double()
+        direction = source_rows(base, rows).double()
         if module.delta is not None:
-            up, down = _whole(module.delta.up)[rows], _whole(module.delta.down)
+            up, down = whole(module.delta.up)[rows], whole(module.delta.down)
             direction = direction + module.scaling * (up @ down)
         total += direction.square().sum(dim=0)
     return total.sqrt()

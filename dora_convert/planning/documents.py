@@ -41,19 +41,26 @@ def documents(
     *,
     dtype: DType | None = None,
     overrides: Mapping[str, Path] | None = None,
+    quantization: Json | None = None,
 ) -> tuple[Document, ...]:
     """Every file of the output that is not a shard, sorted by name.
 
-    `overrides` are the adapter's own tokenizer and processor files, where they differ.
+    `overrides` are the adapter's own tokenizer and processor files, where they differ;
+    `quantization` the config's entries that say how the weights are stored.
     """
     found: dict[str, Document] = {
         name: CarriedFile(name, checkpoint.root / name) for name in checkpoint.files
     }
     found |= {name: CarriedFile(name, path) for name, path in (overrides or {}).items()}
     specs = [spec for shard in shards for spec in shard.specs]
-    config = repaired_config(adapter, checkpoint, specs, ties, dtype=dtype)
-    # A base that was given as one file carries nothing along, but has a config all the same.
-    if config != checkpoint.config or (config and "config.json" not in found):
+    config = {
+        **repaired_config(adapter, checkpoint, specs, ties, dtype=dtype),
+        **(quantization or {}),
+    }
+    # A base that was given as one file carries nothing along, but has a config all the same; that
+    # of one that was decoded says no longer what its file does.
+    changed = config != checkpoint.config or checkpoint.schemes
+    if changed or (config and "config.json" not in found):
         found["config.json"] = WrittenFile("config.json", json_text(config))
     if len(shards) > 1:
         found[INDEX] = WrittenFile(INDEX, index_text(shards))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis
 from dora_convert.core.bundle import Checkpoint
-from dora_convert.core.plan import Cast, Copy, Job, Merge, Op, PatchRows, Piece, ScaleBias
-from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.core.plan import Cast, Copy, Job, Merge, Op, PatchRows, Piece, Quantise, ScaleBias
+from dora_convert.core.tensors import DType, Encoded, TensorRef
 from dora_convert.planning.families import HEAD_TASKS, language_head, task_head
 from dora_convert.planning.match import Matching, Target
 from dora_convert.planning.ties import Ties
@@ -146,9 +146,12 @@ def _job(name: str, op: Op, kind: DType, shaped: TensorRef | None, dtype: DType 
     match op:
         case Copy(source) | Cast(source):
             spec = replace(source.spec, name=name, dtype=kind)
-            return Job(op if source.stored.dtype is kind else Cast(source), spec)
+            as_it_is = source.stored.dtype is kind and not isinstance(source.source, Encoded)
+            return Job(op if as_it_is else Cast(source), spec)
         case Merge(base):
             return Job(op, replace((shaped or base).spec, name=name, dtype=kind))
+        case Quantise():
+            raise AssertionError(name)  # made of finished jobs
         case ScaleBias(source):
             return Job(op, replace(source.spec, name=name, dtype=kind))
         case PatchRows(base):

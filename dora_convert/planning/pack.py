@@ -33,7 +33,7 @@ def sized_shards(outputs: Outputs, limit: int) -> tuple[Shard, ...]:
     groups: list[list[Job]] = [[]]
     size = 0
     for job in outputs.jobs.values():
-        nbytes = job.output.nbytes
+        nbytes = job.nbytes
         if groups[-1] and size + nbytes > limit:
             groups.append([])
             size = 0

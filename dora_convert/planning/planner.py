@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_convert.core.adapter import Adapter
-from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.plan import Plan
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.planning.checks import refuse_quantized
@@ -15,6 +15,7 @@ from dora_convert.planning.documents import documents
 from dora_convert.planning.match import Matching, match
 from dora_convert.planning.merge import merge_jobs
 from dora_convert.planning.pack import own_shards, sized_shards
+from dora_convert.planning.quantise import Scheme, quantised
 from dora_convert.planning.resolve import Resolver
 from dora_convert.planning.ties import untie
 from dora_convert.planning.vocabulary import vocabulary_problems
@@ -44,22 +45,43 @@ def plan_merge(
     max_shard_size: int | None = None,
     transposed: Sequence[str] = (),
     overrides: Mapping[str, Path] | None = None,
+    scheme: Scheme | None = None,
 ) -> Proposal:
     """See DESIGN: every output's name, type, shape and shard, decided without reading data.
+
+    `scheme`: what to store the weights in, by default as dense ones.
 
     Raises MismatchError for a quantised base; all else that is wrong is in `problems`.
     """
     refuse_quantized(checkpoint)
     matching = match(adapter, checkpoint, transposed=transposed)
+    if checkpoint.schemes:
+        result = "dense" if scheme is None else scheme.name
+        matching.notes.append(
+            f"the base is quantised ({', '.join(checkpoint.schemes)}): what is merged is what it "
+            f"decodes to, and the result is {result}"
+        )
     ties = untie(adapter, checkpoint, matching)
     outputs = merge_jobs(adapter, checkpoint, matching, ties, dtype=dtype)
     specs = [job.output for job in outputs.jobs.values()]
     matching.problems += vocabulary_problems(checkpoint, specs)
+    quantization: Json = {}
+    if scheme is not None:
+        outputs, kept = quantised(outputs, scheme, matching.problems)
+        quantization = scheme.quantizer.config(kept)
     if max_shard_size is None:
         shards = own_shards(outputs, checkpoint.shards)
     else:
         shards = sized_shards(outputs, max_shard_size)
-    files = documents(adapter, checkpoint, shards, ties, dtype=dtype, overrides=overrides)
+    files = documents(
+        adapter,
+        checkpoint,
+        shards,
+        ties,
+        dtype=dtype,
+        overrides=overrides,
+        quantization=quantization,
+    )
     return Proposal(
         plan=Plan(shards, files, tuple(matching.notes)),
         problems=tuple(matching.problems),

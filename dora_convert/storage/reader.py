@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dora_convert.core.tensors import Narrowed, Permuted, Pickled, Slice, Step, TensorRef
+from dora_convert.core.protocols import Dequantizer
+from dora_convert.core.quantized import Window
+from dora_convert.core.tensors import (
+    Encoded,
+    Narrowed,
+    Permuted,
+    Pickled,
+    Slice,
+    Step,
+    TensorRef,
+)
 from dora_convert.errors import InputError
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
 from dora_convert.storage.pickled import open_pickle
 
-__all__ = ["Reader", "RowBlocks"]
+__all__ = ["DecodedBlocks", "Reader", "RowBlocks"]
 
 
 class RowBlocks:
@@ -29,9 +39,11 @@ class RowBlocks:
         self._whole = whole
         self._view: tuple[int, Tensor, Tensor, Tensor] | None = None
 
-    def spans(self, start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Cuts of rows `start:stop`, each of at most `nbytes`, or of one row that is larger."""
-        step = max(1, nbytes // max(self._ref.spec.row_bytes, 1))
+    def spans(
+        self, start: int, stop: int, nbytes: int, *, multiple: int = 1
+    ) -> Iterator[tuple[int, int]]:
+        """Cuts of rows `start:stop`, each of at most `nbytes`, or of `multiple` rows if larger."""
+        step = max(1, nbytes // max(self._ref.spec.row_bytes, 1) // multiple) * multiple
         for first in range(start, stop, step):
             yield first, min(first + step, stop)
 
@@ -52,10 +64,44 @@ class RowBlocks:
         return matrix
 
 
-class Reader:
-    """Opens each pickle once; everything else is opened where it is read. Safe for threads."""
+class DecodedBlocks(RowBlocks):
+    """Row blocks of a quantised matrix, float32; parts that belong to no row are read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ref: TensorRef, reader: Reader, scheme: Dequantizer) -> None:
+        super().__init__(ref, None, None)
+        assert isinstance(ref.source, Encoded)
+        self._source = ref.source
+        self._reader = reader
+        self._scheme = scheme
+        self._shared: dict[str, Tensor] = {}
+
+    def read(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """Rows `start:stop` as the scheme decodes them; `buffer` is not used."""
+        weight = self._source.weight
+        windows = self._scheme.windows(weight, start, stop)
+        parts = {role: self._part(role, window) for role, window in windows.items()}
+        return self._scheme.dequantize(weight, parts, start, stop)
+
+    def _part(self, role: str, window: Window | None) -> Tensor:
+        ref = self._source.parts[role]
+        if window is None:
+            if role not in self._shared:
+                self._shared[role] = self._reader.load(ref)
+            return self._shared[role]
+        if window.axis == 0:
+            return self._reader.load_rows(ref, window.start, window.stop)
+        whole = self._reader.load(ref)
+        return whole.narrow(window.axis, window.start, window.stop - window.start)
+
+
+class Reader:
+    """Opens each pickle once; everything else is opened where it is read. Safe for threads.
+
+    `schemes` gives the decoder of a quantised tensor by the scheme's name.
+    """
+
+    def __init__(self, schemes: Callable[[str], Dequantizer] | None = None) -> None:
+        self._schemes = schemes
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -81,10 +127,19 @@ class Reader:
         if isinstance(ref.source, Slice) and ref.is_contiguous:
             with opened(ref.source.file) as (fd, _):
                 yield RowBlocks(ref, fd, None)
+        elif isinstance(ref.source, Encoded) and ref.is_contiguous:
+            yield DecodedBlocks(ref, self, self._scheme(ref.source))
         else:
             yield RowBlocks(ref, None, self.load(ref))
 
+    def _scheme(self, source: Encoded) -> Dequantizer:
+        assert self._schemes is not None, source
+        return self._schemes(source.scheme)
+
     def _stored(self, ref: TensorRef) -> Tensor:
+        if isinstance(ref.source, Encoded):
+            blocks = DecodedBlocks(ref, self, self._scheme(ref.source))
+            return blocks.read(0, ref.stored.shape[0], torch.empty(0)).to(TORCH[ref.stored.dtype])
         if isinstance(ref.source, Pickled):
             return self._pickle(ref.source.file)[ref.source.key]
         data = torch.empty(ref.stored.nbytes, dtype=torch.uint8)

@@ -47,6 +47,17 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
     metavar="SIZE",
     help="Write files of at most SIZE, such as 5GB; by default as in the base.",
 )
+@click.option(
+    "--quantize",
+    metavar="SCHEME",
+    help="Store the weights quantised, as nf4, w4a16 or fp8_dynamic; formats lists all.",
+)
+@click.option(
+    "--keep-dense",
+    multiple=True,
+    metavar="GLOB",
+    help="With --quantize: modules that stay dense. Can be repeated.",
+)
 @workers_option
 @click.option(
     "--zero-rows",
@@ -79,6 +90,8 @@ def _merge(
     base: Path | None,
     dtype: DType | None,
     max_shard_size: int | None,
+    quantize: str | None,
+    keep_dense: tuple[str, ...],
     workers: int | None,
     zero_rows: str,
     check: str,
@@ -93,6 +106,8 @@ def _merge(
 
     The output folder appears complete, or not at all. Its path is printed when it is done.
     """
+    if keep_dense and quantize is None:
+        raise click.UsageError("--keep-dense goes with --quantize")
     from dora_convert import api
 
     how = api.MergeOptions(
@@ -103,6 +118,8 @@ def _merge(
         overwrite=overwrite,
         dry_run=dry_run,
         samples=_SAMPLES[check],
+        quantize=quantize,
+        keep_dense=keep_dense,
     )
     options = reading_options(**reading)
     with progress("merging", quiet=quiet or as_json) as listener:

@@ -1,0 +1,132 @@
+"""A quantised checkpoint seen as the dense one that it stands for, and the reader of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dora_convert import quant
+from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.core.quantized import QuantizedWeight
+from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef, TensorSpec
+from dora_convert.errors import InputError
+from dora_convert.storage.reader import Reader
+
+__all__ = ["decoded", "open_reader"]
+
+# What configs declare a quantisation in, and files that tools read instead of config.json.
+_KEYS = ("quantization_config", "compression_config", "quantization")
+_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def open_reader() -> Reader:
+    """A reader that decodes what lies in any scheme of `quant`."""
+    return Reader(quant.quantizers.get)
+
+
+def decoded(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint with a dense matrix for each that is quantised, to be decoded as read.
+
+    Its config no longer says that it is. Raises InputError for a scheme that is not known, and for
+    parts that are missing or do not fit.
+    """
+    schemes = quant.detect(checkpoint.config)
+    if not schemes:
+        return checkpoint
+    specs = {name: ref.spec for name, ref in checkpoint.tensors.items()}
+    reader = Reader()
+
+    def load(name: str) -> bytes:
+        data = reader.load(checkpoint.tensors[name]).contiguous()
+        return data.view(-1).view(torch.uint8).numpy().tobytes()
+
+    weights: dict[str, tuple[str, QuantizedWeight]] = {}
+    for scheme in schemes:
+        found = quant.quantizers.get(scheme).find(checkpoint.config, specs, load)
+        weights |= {name: (scheme, weight) for name, weight in found.items()}
+    beside = _beside({name: weight for name, (_, weight) in weights.items()}, checkpoint)
+    dense = {
+        name: _reference(scheme, weight, beside.get(name, []), checkpoint)
+        for name, (scheme, weight) in weights.items()
+    }
+    kept = [name for name in checkpoint.files if name not in _FILES]
+    return replace(
+        _replaced(checkpoint, dense),
+        config=_without(checkpoint.config),
+        files=tuple(kept),
+        schemes=schemes,
+    )
+
+
+def _reference(
+    scheme: str, weight: QuantizedWeight, rest: Sequence[TensorRef], checkpoint: Checkpoint
+) -> TensorRef:
+    parts = {
+        role: _seen_as(checkpoint.tensors[spec.name], spec) for role, spec in weight.parts.items()
+    }
+    return TensorRef(weight.dense, Encoded(scheme, weight, parts, tuple(rest)), weight.dense)
+
+
+def _beside(
+    weights: Mapping[str, QuantizedWeight], checkpoint: Checkpoint
+) -> dict[str, list[TensorRef]]:
+    """What else the modules of quantised weights have, but for their biases."""
+    modules = {name.removesuffix(".weight"): name for name in weights}
+    parts = {spec.name for weight in weights.values() for spec in weight.parts.values()}
+    found: dict[str, list[TensorRef]] = {}
+    for name, ref in checkpoint.tensors.items():
+        pieces = name.split(".")
+        owners = (".".join(pieces[:n]) for n in range(len(pieces) - 1, 0, -1))
+        owner = next((path for path in owners if path in modules), None)
+        if owner is not None and name not in parts and name != f"{owner}.bias":
+            found.setdefault(modules[owner], []).append(ref)
+    return found
+
+
+def _seen_as(ref: TensorRef, spec: TensorSpec) -> TensorRef:
+    """The same bytes under the type and the shape that the scheme gives them."""
+    if not isinstance(ref.source, Slice):
+        raise InputError(
+            f"{ref.stored.name} is quantised and lies in a pickle, which is not supported",
+            where=str(ref.source),
+            hint="Save the base as safetensors.",
+        )
+    return TensorRef(spec, ref.source, spec)
+
+
+def _replaced(checkpoint: Checkpoint, dense: Mapping[str, TensorRef]) -> Checkpoint:
+    """Each dense matrix at the place, and in the shard, of the first of its parts."""
+    owners = {
+        part.stored.name: name
+        for name, ref in dense.items()
+        if isinstance(ref.source, Encoded)
+        for part in (*ref.source.parts.values(), *ref.source.rest)
+    }
+    tensors: dict[str, TensorRef] = {}
+    shards: dict[str, str] = {}
+    for name, ref in checkpoint.tensors.items():
+        owner = owners.get(name, name)
+        tensors.setdefault(owner, dense.get(owner, ref))
+        shards.setdefault(owner, checkpoint.shards[name])
+    unknown = [name for name, ref in tensors.items() if _is_coded(ref)]
+    if unknown:
+        raise InputError(
+            "some of the base's weights are quantised in a way that its config does not say",
+            where=str(checkpoint.root),
+            problems=[f"{name}: {tensors[name].spec.dtype.label}" for name in unknown],
+        )
+    return replace(checkpoint, tensors=tensors, shards=shards)
+
+
+def _is_coded(ref: TensorRef) -> bool:
+    """Whether it is a matrix of codes. Indices and masks are of other types, or no matrices."""
+    return ref.spec.dtype.bits <= 8 and ref.spec.dtype is not DType.BOOL and len(ref.spec.shape) > 1
+
+
+def _without(config: Json) -> Json:
+    """The config less what declares the quantisation, in its nested parts too."""
+    kept: dict[str, Any] = {key: value for key, value in config.items() if key not in _KEYS}
+    return {k: _without(v) if isinstance(v, dict) else v for k, v in kept.items()}

@@ -1,0 +1,89 @@
+"""Merged rows into a quantisation scheme, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dora_convert import quant
+from dora_convert.core.plan import Quantise
+from dora_convert.core.tensors import TensorSpec
+from dora_convert.execution.kernels import Input, Output, merged_rows
+from dora_convert.execution.units import Unit
+from dora_convert.maths.dora import RowFaults
+from dora_convert.storage.dtypes import TORCH
+
+__all__ = ["gather_statistics", "is_surveyed", "quantise_unit", "survey_unit"]
+
+
+def is_surveyed(unit: Unit) -> bool:
+    """Whether the scheme needs a number of the whole tensor."""
+    op = unit.job.op
+    return isinstance(op, Quantise) and quant.writable(op.scheme).surveys
+
+
+def survey_unit(unit: Unit, given: Input) -> list[Tensor]:
+    """What the unit's blocks say of the whole, in row order."""
+    op = unit.job.op
+    assert isinstance(op, Quantise)
+    scheme = quant.writable(op.scheme)
+    multiple = scheme.row_multiple(op.weight)
+    rows = merged_rows(unit, op.base, op.pieces, given, multiple=multiple)
+    return [scheme.survey(_as_quantised(op, block)) for _, _, block, _ in rows]
+
+
+def gather_statistics(
+    work: Sequence[Unit], surveys: Mapping[int, list[Tensor]]
+) -> dict[str, Tensor]:
+    """The statistic of every surveyed tensor by name; `surveys` are those of `work`, by index.
+
+    Tensors that the scheme fuses get one that all their rows went into, in the order of the plan.
+    """
+    groups: dict[tuple[str, str], list[Tensor]] = {}
+    members: dict[str, tuple[str, str]] = {}
+    for i, unit in enumerate(work):
+        op, name = unit.job.op, unit.job.output.name
+        assert isinstance(op, Quantise)
+        key = members.setdefault(
+            name, (op.scheme, quant.writable(op.scheme).fused(name) or f"={name}")
+        )
+        groups.setdefault(key, []).extend(surveys[i])
+    gathered = {key: quant.writable(key[0]).gather(parts) for key, parts in groups.items()}
+    return {name: gathered[key] for name, key in members.items()}
+
+
+def quantise_unit(unit: Unit, out: Output, statistics: Mapping[str, Tensor]) -> RowFaults:
+    """Write the unit's rows, with the first also what belongs to no row."""
+    op = unit.job.op
+    assert isinstance(op, Quantise)
+    scheme, weight = quant.writable(op.scheme), op.weight
+    statistic = statistics.get(unit.job.output.name)
+    faults = RowFaults()
+    multiple = scheme.row_multiple(weight)
+    for start, stop, rows, fault in merged_rows(unit, op.base, op.pieces, out, multiple=multiple):
+        faults += fault
+        parts = scheme.quantize(
+            weight, _as_quantised(op, rows), statistic if scheme.two_pass else None
+        )
+        windows = scheme.windows(weight, start, stop)
+        for role, tensor in parts.items():
+            window = windows[role]
+            assert window is not None
+            _write(out, weight.parts[role], window.start, tensor)
+    if unit.start == 0:
+        for role, tensor in scheme.constants(weight, statistic).items():
+            _write(out, weight.parts[role], 0, tensor)
+    return faults
+
+
+def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:
+    """Untouched weights in their own type, which gives the bytes of the scheme's own library."""
+    return rows.float() if op.pieces else rows.to(TORCH[op.weight.dense.dtype])
+
+
+def _write(out: Output, part: TensorSpec, start: int, tensor: Tensor) -> None:
+    assert tensor.dtype is TORCH[part.dtype], (part, tensor.dtype)
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    out.writer.write(part.name, start * part.row_bytes, data)

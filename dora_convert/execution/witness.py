@@ -1,0 +1,141 @@
+"""Tensors as safetensors and torch read them, for checking what this package's reader gave."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dora_convert import quant
+from dora_convert.core.protocols import Quantizer
+from dora_convert.core.quantized import QuantizedWeight, Window
+from dora_convert.core.tensors import (
+    Encoded,
+    Narrowed,
+    Permuted,
+    Pickled,
+    Slice,
+    TensorRef,
+    TensorSpec,
+)
+from dora_convert.storage.dtypes import TORCH
+
+__all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole"]
+
+
+def rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
+    """Rows of a stored tensor as a matrix, by safetensors' own reader."""
+    with safe_open(file, framework="pt") as handle:
+        stored = handle.get_slice(name)
+        if len(rows) == rows[-1] - rows[0] + 1:
+            found: Tensor = stored[rows[0] : rows[-1] + 1]
+        else:
+            found = torch.cat([stored[i : i + 1] for i in rows])
+    return found.reshape(len(rows), -1)
+
+
+def _unpickled(source: Pickled) -> Tensor:
+    loaded: Mapping[str, Tensor] = torch.load(
+        source.file,
+        weights_only=True,
+        map_location="cpu",
+        # Old files are no zip archives and cannot be mapped.
+        mmap=zipfile.is_zipfile(source.file),
+    )
+    return loaded[source.key].detach()
+
+
+def source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
+    """Rows of a plan's source as a matrix; float32 where they are decoded."""
+    if isinstance(ref.source, Encoded):
+        return torch.cat([_decoded(ref.source, *run) for run in _runs(rows)])
+    if not ref.is_contiguous:
+        return _viewed(ref).reshape(ref.spec.shape[0], -1)[list(rows)]
+    if isinstance(ref.source, Pickled):
+        stored = _unpickled(ref.source)
+        return stored.reshape(ref.spec.shape[0], -1)[list(rows)]
+    return rows_of(ref.source.file, ref.stored.name, rows)
+
+
+def whole(ref: TensorRef) -> Tensor:
+    """A small tensor in float64, its view applied."""
+    return _viewed(ref).double()
+
+
+def _viewed(ref: TensorRef) -> Tensor:
+    result: Tensor
+    if isinstance(ref.source, Pickled):
+        result = _unpickled(ref.source)
+    elif isinstance(ref.source, Encoded):
+        result = _decoded(ref.source, 0, ref.stored.shape[0])
+    else:
+        with safe_open(ref.source.file, framework="pt") as handle:
+            result = handle.get_tensor(ref.stored.name)
+    for step in ref.view:
+        match step:
+            case Permuted(axes):
+                result = torch.permute(result, axes)
+            case Narrowed(axis, start, stop):
+                result = result.index_select(axis, torch.arange(start, stop))
+            case _:
+                result = result.reshape(step.shape)
+    return result
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Row numbers, rising, as ranges."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and runs[-1][1] == row:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            runs.append((row, row + 1))
+    return runs
+
+
+def _decoded(source: Encoded, start: int, stop: int) -> Tensor:
+    """The scheme's own arithmetic; what it is given was read by another reader."""
+    scheme = quant.quantizers.get(source.scheme)
+    windows = scheme.windows(source.weight, start, stop)
+    parts = {role: _part(source.parts[role], window) for role, window in windows.items()}
+    return scheme.dequantize(source.weight, parts, start, stop)
+
+
+def _part(ref: TensorRef, window: Window | None) -> Tensor:
+    assert isinstance(ref.source, Slice)
+    with safe_open(ref.source.file, framework="pt") as handle:
+        stored = handle.get_slice(ref.stored.name)
+        as_seen = tuple(stored.get_shape()) == ref.spec.shape
+        if window is not None and window.axis == 0 and as_seen:
+            rows: Tensor = stored[window.start : window.stop]
+            return rows.view(TORCH[ref.spec.dtype])
+        whole: Tensor = handle.get_tensor(ref.stored.name)
+    seen = whole.view(-1).view(TORCH[ref.spec.dtype]).view(ref.spec.shape)
+    if window is None:
+        return seen
+    return seen.narrow(window.axis, window.start, window.stop - window.start)
+
+
+def stored_rows(
+    scheme: str, weight: QuantizedWeight, files: Mapping[str, Path], rows: range
+) -> Tensor:
+    """Rows of a quantised weight as a finished file has them, decoded to float64."""
+    parts = {
+        role: TensorRef(spec, Slice(files[spec.name], 0), spec)
+        for role, spec in weight.parts.items()
+    }
+    return _decoded(Encoded(scheme, weight, parts), rows.start, rows.stop).double()
+
+
+def requantised(scheme: Quantizer, dense: TensorSpec, rows: Tensor) -> Tensor:
+    """What some rows become when they are stored in the scheme as a weight of their own."""
+    weight = scheme.layout(replace(dense, shape=tuple(rows.shape)))
+    statistic = scheme.gather([scheme.survey(rows)]) if scheme.surveys else None
+    parts = dict(scheme.quantize(weight, rows, statistic if scheme.two_pass else None))
+    parts |= scheme.constants(weight, statistic)
+    return scheme.dequantize(weight, parts, 0, len(rows)).double()
