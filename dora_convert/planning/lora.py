@@ -1,34 +1,35 @@
-"""A plain LoRA in the shape that a serving stack loads: names, shapes, zero pairs, config."""
+"""A plain LoRA in the shape that a serving stack loads: which pairs it has, zero ones too."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from dora_convert.core.adapter import Adapter, DoraModule, LayerKind
-from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.plan import Merge, Piece, Plan
-from dora_convert.core.tensors import DType, TensorRef, TensorSpec
-from dora_convert.planning.families import head_of
+from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.planning.families import head_of, is_tied
 from dora_convert.planning.names import Unsupported
 from dora_convert.planning.planner import Proposal
 from dora_convert.planning.resolve import Resolver
 from dora_convert.planning.stacks import Stack
 
 __all__ = [
-    "adapter_config",
+    "Lora",
     "affordable_rank",
     "copy_problems",
+    "factor_shapes",
     "lora_layers",
-    "lora_specs",
+    "spelled",
     "stack_problems",
+    "suffixes",
     "targets",
 ]
 
-_PREFIX = "base_model.model."
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Layers that stacks fuse into one matrix: a pair for one needs pairs for all.
 _FUSED = (
@@ -37,6 +38,23 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """All that decides how a LoRA is stored. `ranks` are the stored ones, by path."""
+
+    adapter: Adapter
+    config: Json  # the base's
+    names: Resolver
+    layers: Sequence[LoraLayer]
+    ranks: Mapping[str, int]
+    dtype: DType
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks.values())
 
 
 def targets(plan: Plan) -> dict[str, list[tuple[TensorRef, Piece]]]:
@@ -51,19 +69,37 @@ def targets(plan: Plan) -> dict[str, list[tuple[TensorRef, Piece]]]:
     return found
 
 
-def stack_problems(adapter: Adapter, stack: Stack) -> list[str]:
+def stack_problems(adapter: Adapter, checkpoint: Checkpoint, stack: Stack) -> list[str]:
     """What the stack cannot hold of this adapter: nothing of it may be dropped in silence."""
+    models = [str(name) for name in checkpoint.config.get("architectures") or ["unknown"]]
     problems = []
+    if stack.models and stack.models.isdisjoint(models):
+        problems.append(f"{models[0]}: only {', '.join(sorted(stack.models))} are taken")
+    tied = _tied(checkpoint) and not stack.tied
     for path, module in adapter.modules.items():
-        if module.kind is LayerKind.EMBEDDING and not stack.embeddings:
-            problems.append(f"{path}: an embedding")
-        elif module.kind is LayerKind.CONVOLUTION and not stack.convolutions:
+        if module.kind is LayerKind.CONVOLUTION and not stack.convolutions:
             problems.append(f"{path}: a convolution")
-        elif head_of(path) and not stack.heads:
-            problems.append(f"{path}: an output head")
+        elif module.kind is LayerKind.EMBEDDING:
+            problems += _end_problems(path, "an embedding", stack.embeddings, tied)
+        elif head_of(path):
+            problems += _end_problems(path, "an output head", stack.heads, tied)
+        elif stack.inside not in path:
+            problems.append(f"{path}: not a part of {stack.inside}N")
     saved = [*adapter.replaced, *(f"{path} (token rows)" for path in adapter.token_rows)]
     problems += [f"{name}: trained whole, which a LoRA cannot carry" for name in saved]
     return problems
+
+
+def _end_problems(path: str, what: str, able: bool, tied: bool) -> list[str]:
+    if not able:
+        return [f"{path}: {what}"]
+    return [f"{path}: {what}, one tensor with the model's other end"] if tied else []
+
+
+def _tied(checkpoint: Checkpoint) -> bool:
+    """Whether both ends are one tensor; where it is left open, both are stored."""
+    stored = any(head_of(name.removesuffix(".weight")) for name in checkpoint.tensors)
+    return is_tied(checkpoint.config, head_stored=stored) is True
 
 
 def copy_problems(adapter: Adapter, weights: Mapping[str, TensorRef]) -> list[str]:
@@ -141,11 +177,11 @@ def _numbered(path: str, names: Resolver, depths: dict[str, int]) -> list[str]:
 
 def _depth(start: str, names: Resolver) -> int:
     """One more than the largest number that follows `start` in a name."""
-    spelled = _spelled(start, names)
+    disk = spelled(start, names)
     numbers = (
         name[len(prefix) :].partition(".")[0]
         for name in names.origins
-        for prefix in (start, spelled)
+        for prefix in (start, disk)
         if name.startswith(prefix)
     )
     return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
@@ -165,63 +201,22 @@ def _like(path: str, layers: Mapping[str, LoraLayer]) -> LoraLayer:
     return next(layer for p, layer in layers.items() if p.rpartition(".")[2] in leaves)
 
 
-def lora_specs(layer: LoraLayer, rank: int, dtype: DType) -> tuple[TensorSpec, TensorSpec]:
-    """The stored `lora_A` and `lora_B`, named and shaped as PEFT does."""
+def factor_shapes(layer: LoraLayer, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `lora_A` and `lora_B` (of an embedding, its transposed pair) in PEFT."""
     out, inner = layer.shape
-    name = f"{_PREFIX}{layer.path}."
     if layer.kind is LayerKind.EMBEDDING:
-        return (
-            TensorSpec(name + "lora_embedding_A", dtype, (rank, out)),
-            TensorSpec(name + "lora_embedding_B", dtype, (inner, rank)),
-        )
-    down: tuple[int, ...] = (rank, inner)
-    up: tuple[int, ...] = (out, rank)
+        return (rank, out), (inner, rank)
     if layer.kernel:
-        down = (rank, inner // math.prod(layer.kernel), *layer.kernel)
-        up = (out, rank, *(1 for _ in layer.kernel))
-    return TensorSpec(name + "lora_A.weight", dtype, down), TensorSpec(
-        name + "lora_B.weight", dtype, up
-    )
+        narrow = inner // math.prod(layer.kernel)
+        return (rank, narrow, *layer.kernel), (out, rank, *(1 for _ in layer.kernel))
+    return (rank, inner), (out, rank)
 
 
-def adapter_config(
-    adapter: Adapter,
-    names: Resolver,
-    layers: Sequence[LoraLayer],
-    rank: int,
-    ranks: Mapping[str, int],
-) -> str:
-    """`adapter_config.json`: scale 1 everywhere, since alpha equals rank.
-
-    `ranks` are those that differ from `rank`; they go into the patterns.
-    """
-    patterns = {path: r for path, r in sorted(ranks.items()) if r != rank}
-    config = {
-        "peft_type": "LORA",
-        "task_type": adapter.task,
-        "base_model_name_or_path": adapter.base_model,
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
-        "target_modules": _suffixes([layer.path for layer in layers], names),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "fan_in_fan_out": any(layer.flipped for layer in layers),
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def _suffixes(paths: Sequence[str], known: Resolver) -> list[str]:
+def suffixes(paths: Sequence[str], known: Resolver) -> list[str]:
     """The shortest ends of the paths that are the end of no other module's path."""
     # The names of adapted modules, also those that they have on disk only.
     stored = {known.find(f"{path}.weight") for path in paths} - {None}
-    mine = {*paths, *(_spelled(path, known) for path in paths)}
+    mine = {*paths, *(spelled(path, known) for path in paths)}
     mine |= {
         name.removesuffix(".weight")
         for name, origin in known.origins.items()
@@ -237,7 +232,7 @@ def _suffixes(paths: Sequence[str], known: Resolver) -> list[str]:
     return sorted({next((end for end in _ends(path) if end not in taken), path) for path in paths})
 
 
-def _spelled(path: str, known: Resolver) -> str:
+def spelled(path: str, known: Resolver) -> str:
     """The path as the checkpoint's names have it, prefix added or stripped."""
     if known.stripped and path.startswith(known.stripped):
         return path.removeprefix(known.stripped)

@@ -12,18 +12,20 @@ import pytest
 from dora_convert.core.adapter import Adapter, LayerKind, MagnitudeAxis, TokenRows
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.lora import LoraLayer
+from dora_convert.core.plan import WrittenFile
 from dora_convert.core.tensors import DType
+from dora_convert.loras import loras
 from dora_convert.planning.lora import (
-    adapter_config,
+    Lora,
     affordable_rank,
     copy_problems,
+    factor_shapes,
     lora_layers,
-    lora_specs,
     stack_problems,
     targets,
 )
 from dora_convert.planning.planner import plan_merge
-from dora_convert.planning.stacks import RANKS, STACKS, Stack
+from dora_convert.planning.stacks import RANKS, STACKS, WITHOUT_LORA, Stack, reading
 from tests.core.values import adapter, checkpoint, dora, magnitude_only, ref
 
 LINEARS = {
@@ -65,7 +67,10 @@ def config_of(trained: Adapter, base: Checkpoint, stack: str = "any", **ranks: i
     found = {layer.path: 8 for layer in layers} | {
         k.replace("__", "."): r for k, r in ranks.items()
     }
-    return json.loads(adapter_config(trained, names, layers, 8, found))
+    lora = Lora(trained, base.config, names, layers, found, DType.F32)
+    (document,) = loras.get("peft").lay_out(lora).documents
+    assert isinstance(document, WrittenFile)
+    return json.loads(document.text)
 
 
 def test_layers_and_siblings_that_were_not_adapted_get_zeros() -> None:
@@ -251,32 +256,14 @@ def test_config() -> None:
 @pytest.mark.parametrize(
     ("layer", "down", "up"),
     [
-        (
-            LoraLayer("p", LayerKind.LINEAR, (5, 7)),
-            ("lora_A.weight", (8, 7)),
-            ("lora_B.weight", (5, 8)),
-        ),
-        (
-            LoraLayer("p", LayerKind.EMBEDDING, (20, 6)),
-            ("lora_embedding_A", (8, 20)),
-            ("lora_embedding_B", (6, 8)),
-        ),
-        (
-            LoraLayer("p", LayerKind.CONVOLUTION, (5, 27), (3, 3)),
-            ("lora_A.weight", (8, 3, 3, 3)),
-            ("lora_B.weight", (5, 8, 1, 1)),
-        ),
+        (LoraLayer("p", LayerKind.LINEAR, (5, 7)), (8, 7), (5, 8)),
+        (LoraLayer("p", LayerKind.EMBEDDING, (20, 6)), (8, 20), (6, 8)),
+        (LoraLayer("p", LayerKind.CONVOLUTION, (5, 27), (3, 3)), (8, 3, 3, 3), (5, 8, 1, 1)),
     ],
     ids=["linear", "embedding", "convolution"],
-)  # fmt: skip
-def test_specs(
-    layer: LoraLayer, down: tuple[str, tuple[int, ...]], up: tuple[str, tuple[int, ...]]
-) -> None:
-    found = lora_specs(layer, 8, DType.BF16)
-    assert [(spec.name, spec.shape) for spec in found] == [
-        (f"base_model.model.p.{name}", shape) for name, shape in (down, up)
-    ]
-    assert {spec.dtype for spec in found} == {DType.BF16}
+)
+def test_shapes(layer: LoraLayer, down: tuple[int, ...], up: tuple[int, ...]) -> None:
+    assert factor_shapes(layer, 8) == (down, up)
 
 
 # What does not go
@@ -289,25 +276,58 @@ def embedding(path: str = "model.embed_tokens") -> Any:
 @pytest.mark.parametrize("stack", STACKS)
 def test_refusals(stack: str) -> None:
     known = STACKS[stack]
+    base = llama()
     trained = adapter(
-        dora("fine", 8, 8),
+        dora("model.layers.0.fine", 8, 8),
         embedding(),
         dora("lm_head", 20, 8),
         replace(dora("conv", 8, 27), kind=LayerKind.CONVOLUTION),
     )
-    problems = stack_problems(trained, known)
+    problems = stack_problems(trained, base, known)
     assert any("embedding" in p for p in problems) != known.embeddings
     assert any("output head" in p for p in problems) != known.heads
     assert any("convolution" in p for p in problems) != known.convolutions
-    assert not any(p.startswith("fine") for p in problems)
+    assert not any("fine" in p for p in problems)
     saved = adapter(
-        dora("fine", 8, 8),
+        dora("model.layers.0.fine", 8, 8),
         replaced={"score.weight": ref("score.weight", 2, 8)},
         token_rows={"embed": TokenRows((1, 2), ref("rows", 2, 8))},
     )
-    assert stack_problems(saved, known) == [
+    assert stack_problems(saved, base, known) == [
         "score.weight: trained whole, which a LoRA cannot carry",
         "embed (token rows): trained whole, which a LoRA cannot carry",
+    ]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("flag", [True, None])
+def test_ends_that_are_one_tensor(stack: str, flag: bool | None) -> None:
+    """Only PEFT gives them separate updates; llama.cpp and mlx-lm have one module for both."""
+    base = llama(without=("lm_head",))
+    base = replace(
+        base, config={**base.config, "tie_word_embeddings": flag} if flag else base.config
+    )
+    trained = adapter(embedding(), dora("lm_head", 20, 8))
+    problems = stack_problems(trained, base, STACKS[stack])
+    refused = [p for p in problems if p.startswith(("model.embed_tokens:", "lm_head:"))]
+    assert len(refused) == (0 if stack == "peft" else 2)
+
+
+def test_models_that_ollama_takes() -> None:
+    ollama = STACKS["ollama"]
+    trained = adapter(dora("model.layers.0.mlp.up_proj", 12, 8))
+    for name, fine in (("LlamaForCausalLM", True), ("Qwen2ForCausalLM", False), (None, False)):
+        base = replace(llama(), config={"architectures": [name]} if name else {})
+        for form in ollama.forms:
+            problems = stack_problems(trained, base, reading(ollama, form))
+            assert (not problems) == (fine or form == "gguf")
+            assert all("Gemma2ForCausalLM" in problem for problem in problems)
+
+
+def test_modules_that_exllama_takes() -> None:
+    trained = adapter(dora("model.layers.0.mlp.up_proj", 12, 8), dora("score", 2, 8))
+    assert stack_problems(trained, llama(), STACKS["exllamav2"]) == [
+        "score: not a part of model.layers.N"
     ]
 
 
@@ -333,9 +353,11 @@ def test_the_rank_that_is_affordable(elements: int, listed: int, free: int) -> N
 
 def test_the_common_stack_asks_for_all_that_any_other_does() -> None:
     common = STACKS["any"]
-    for stack in STACKS.values():
+    for name, stack in STACKS.items():
         assert stack.ranks in (None, RANKS)
         assert common.advised <= stack.advised
         assert common.complete >= stack.complete
-        for able in ("patterns", "embeddings", "heads", "convolutions"):
-            assert getattr(common, able) <= getattr(stack, able)
+        for able in ("patterns", "embeddings", "heads", "tied", "convolutions"):
+            assert getattr(common, able) <= getattr(stack, able), name
+        assert set(stack.forms) <= set(loras.names())
+    assert not STACKS.keys() & WITHOUT_LORA.keys()

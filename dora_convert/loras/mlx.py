@@ -1,0 +1,74 @@
+"""What mlx-lm loads as `--adapter-path` (mlx_lm/tuner/utils.py, tuner/lora.py)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from dora_convert.core.lora import LoraLayer
+from dora_convert.core.pairs import Factor, LoraFile, Pair
+from dora_convert.core.plan import WrittenFile
+from dora_convert.core.tensors import TensorSpec
+from dora_convert.errors import MismatchError
+from dora_convert.planning.lora import Lora, factor_shapes, spelled
+from dora_convert.storage.header import layout
+
+__all__ = ["FORMAT", "MODELS"]
+
+# Models whose modules mlx-lm names as transformers does.
+MODELS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
+_BLOCK = re.compile(r"model\.layers\.\d+\.")
+
+
+class _Mlx:
+    title = "mlx-lm"
+
+    def lay_out(self, lora: Lora) -> LoraFile:
+        model = lora.config.get("model_type")
+        if model not in MODELS:
+            raise MismatchError(
+                f"the names that mlx-lm gives to the modules of model type {model!r} are not known",
+                hint=f"Known: {', '.join(sorted(MODELS))}. Or write a PEFT folder (--to peft).",
+            )
+        pairs = tuple(_pair(layer, lora) for layer in lora.layers)
+        specs = (factor.spec for pair in pairs for factor in (pair.down, pair.up))
+        file = layout(specs, {"format": "mlx"})
+        return LoraFile(
+            name="adapters.safetensors",
+            head=file.head,
+            starts=file.starts,
+            size=file.size,
+            pairs=pairs,
+            documents=(WrittenFile("adapter_config.json", _config(lora)),),
+        )
+
+
+def _pair(layer: LoraLayer, lora: Lora) -> Pair:
+    down, up = factor_shapes(layer, lora.ranks[layer.path])
+    path = spelled(layer.path, lora.names)
+    return Pair(
+        layer,
+        Factor(TensorSpec(f"{path}.lora_a", lora.dtype, down[::-1]), turned=True),
+        Factor(TensorSpec(f"{path}.lora_b", lora.dtype, up[::-1]), turned=True),
+    )
+
+
+def _config(lora: Lora) -> str:
+    # A key within a block is meant in every block. One without a pair here gets its own, whose
+    # lora_b is zero.
+    keys = {_BLOCK.sub("", spelled(layer.path, lora.names)) for layer in lora.layers}
+    config = {
+        "model": lora.adapter.base_model,
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": lora.rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": sorted(keys),
+        },
+    }
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMAT = _Mlx()
