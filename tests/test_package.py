@@ -78,7 +78,12 @@ def test_public_names(name: str) -> None:
     assert own <= set(declared) <= own | reexported(module)
 
 
-PLUG_INS = (("formats", "FORMAT"), ("quant", "QUANTIZER"), ("cli.commands", "COMMAND"))
+PLUG_INS = (
+    ("formats", "FORMAT"),
+    ("loras", "FORMAT"),
+    ("quant", "QUANTIZER"),
+    ("cli.commands", "COMMAND"),
+)
 
 
 def test_plug_ins() -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dora_convert.api.bases import open_base
 from dora_convert.api.merging import Silent
 from dora_convert.api.reading import ReadOptions, read_adapter
+from dora_convert.api.settling import settled
+from dora_convert.core.adapter import BiasRule
 from dora_convert.core.bundle import json_text
 from dora_convert.core.plan import Cast, Copy, Job, Plan, Shard, WrittenFile
 from dora_convert.core.reports import ConvertReport
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError, VerificationError
 from dora_convert.formats import formats
-from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.planning.roworder import in_order_of
+from dora_convert.planning.settle import with_bias_rule
 from dora_convert.storage.sidefiles import write_documents
 from dora_convert.storage.staging import Staging, check_output
 from dora_convert.storage.weights import PICKLES
@@ -52,7 +56,10 @@ def convert(
     inputs = (adapter,) if base is None else (adapter, base)
     check_output(output, inputs=inputs, overwrite=how.overwrite)
     if base is not None:
-        open_checkpoint(base, allow_pickle=options.allow_pickle)
+        checkpoint = open_base(base, options)
+        found = settled(found, checkpoint, transposed=options.transposed)
+        found = with_bias_rule(found, checkpoint, BiasRule.NONE)
+        found = in_order_of(how.format, found, checkpoint.config)
     if not found.modules:
         raise InputError("the adapter has no module", where=str(adapter))
     made = target.write(found)

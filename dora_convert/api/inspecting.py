@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_convert.api.bases import open_base
 from dora_convert.api.reading import ReadOptions, checked, read_adapter, worker_count
+from dora_convert.api.settling import settled
 from dora_convert.core.reports import Figures, Inspection
 from dora_convert.planning.planner import plan_merge
+from dora_convert.planning.settle import open_questions
 from dora_convert.report.inspection import inspection
-from dora_convert.storage.checkpoint import open_checkpoint
 
 __all__ = ["inspect"]
 
@@ -29,8 +31,10 @@ def inspect(
     options = options or ReadOptions()
     found = read_adapter(adapter, options)
     if base is None:
-        return inspection(found, name=str(adapter), per_module=per_module)
-    checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
+        notes = open_questions(found)
+        return inspection(found, name=str(adapter), per_module=per_module, notes=notes)
+    checkpoint = open_base(base, options)
+    found = settled(found, checkpoint, transposed=options.transposed)
     proposal = plan_merge(found, checkpoint, transposed=options.transposed)
     notes = checked(proposal, found, adapter, base)
 

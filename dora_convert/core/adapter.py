@@ -59,10 +59,12 @@ class BiasRule(enum.Enum):
     """What the trainer's forward did with the base's bias.
 
     KEEP: added it as it is. SCALED: multiplied the whole output, bias included, with `m / ||V||`.
+    NONE: there was none, so that either is true.
     """
 
     KEEP = "keep"
     SCALED = "scaled"
+    NONE = "none"
 
 
 class RowOrder(enum.Enum):
@@ -148,7 +150,8 @@ class Adapter:
     replaced input and output embeddings were trained as one tensor. `meets_transposed`: the
     trainer's word that some weight of the base is stored `[in, out]`. `is_axis_open`: neither the
     format nor any shape says what the magnitudes belong to, and the modules' axis is provisional
-    until the base's norms decide.
+    until the base's norms decide. `is_scaling_open`: the trainer does not save what the update is
+    multiplied with; the modules' scaling is 1 until the user says it.
     """
 
     format: str
@@ -160,4 +163,5 @@ class Adapter:
     keeps_ties: bool = False
     meets_transposed: bool = False
     is_axis_open: bool = False
+    is_scaling_open: bool = False
     notes: tuple[str, ...] = ()

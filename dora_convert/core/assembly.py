@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
-from dora_convert.core.adapter import DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import DoraModule, LayerKind, LowRank, MagnitudeAxis
 from dora_convert.core.tensors import TensorRef
 
-__all__ = ["check_axes", "check_replaced", "convolution", "linear", "magnitude"]
+__all__ = ["check_replaced", "common_axis", "convolution", "linear", "magnitude"]
 
 
 def linear(path: str, down: TensorRef, up: TensorRef, problems: list[str]) -> LowRank | None:
@@ -54,11 +55,13 @@ def magnitude(
     problems: list[str],
     *,
     axis: MagnitudeAxis | None,
+    undecided: list[str] | None = None,
 ) -> tuple[TensorRef, MagnitudeAxis] | None:
     """The magnitude as a vector and its axis on the update's `shape [out, in]`.
 
-    `axis` decides where it is given; otherwise the shape does, and where that is undecidable (a
-    row vector on a square weight) it is a problem. None with the reason in `problems`.
+    `axis` decides where it is given; otherwise the shape does. Where that is not possible (a row
+    vector on a square weight) the axis is OUT for the time being, and `path` goes into
+    `undecided`. None with the reason in `problems`.
     """
     if not _usable(path, (stored,), problems):
         return None
@@ -74,22 +77,35 @@ def magnitude(
         problems.append(f"{path}: the magnitude has {count} entries, expected {expected}")
         return None
     if len(fitting) == 2:
-        problems.append(
-            f"{path}: the magnitude {list(stored.spec.shape)} of a square weight may belong to "
-            "the outputs or to the inputs: say which with --axis"
-        )
-        return None
+        assert undecided is not None, "without an axis, a list for what is open"
+        undecided.append(path)
     return vector, fitting[0]
 
 
-def check_axes(layers: Iterable[DoraModule], problems: list[str]) -> None:
-    """No trainer mixes axes: one layer whose shape says IN speaks for the square ones too."""
-    by_axis = {layer.axis: layer.path for layer in layers if layer.magnitude is not None}
+def common_axis(
+    modules: Mapping[str, DoraModule], undecided: Collection[str], problems: list[str]
+) -> tuple[dict[str, DoraModule], bool]:
+    """The modules with one axis, and whether it is still open, for the base to decide.
+
+    No trainer mixes axes: one layer whose shape says which speaks for the square ones too.
+    """
+    # An embedding's magnitude is on the axis that its kind says.
+    layers = {p: m for p, m in modules.items() if m.kind is not LayerKind.EMBEDDING}
+    by_axis = {
+        layer.axis: path
+        for path, layer in layers.items()
+        if layer.magnitude is not None and path not in undecided
+    }
     if len(by_axis) > 1:
         problems.append(
             f"the magnitude of {by_axis[MagnitudeAxis.IN]} is one per input, that of "
             f"{by_axis[MagnitudeAxis.OUT]} one per output: say which is meant with --axis"
         )
+    if len(by_axis) != 1:
+        return dict(modules), bool(undecided) and not by_axis
+    (axis,) = by_axis
+    decided = {path: replace(modules[path], axis=axis) for path in undecided if path in modules}
+    return {**modules, **decided}, False
 
 
 def check_replaced(replaced: Mapping[str, TensorRef], problems: list[str]) -> None:

@@ -73,7 +73,7 @@ def _module(module: DoraModule, capacity: Capacity) -> Iterator[str]:
         if module.magnitude_is is not capacity.magnitudes:
             wanted = "m / ||V||" if capacity.magnitudes is MagnitudeKind.FACTOR else "m"
             yield f"{path}: a magnitude whose values are not {wanted}"
-        if module.bias_rule is not capacity.bias:
+        if module.bias_rule not in (capacity.bias, BiasRule.NONE):
             yield (
                 f"{path}: a bias that is {_BIAS[module.bias_rule]}, where this layout's is "
                 f"{_BIAS[capacity.bias]}; give the base: without a bias there it does not matter"

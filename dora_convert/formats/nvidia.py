@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from dora_convert.core.adapter import Adapter, DoraModule, LowRank, MagnitudeAxis
-from dora_convert.core.assembly import check_axes, check_replaced, linear, magnitude
+from dora_convert.core.assembly import check_replaced, common_axis, linear, magnitude
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.capacity import Capacity, losses
 from dora_convert.core.fields import Fields
@@ -64,12 +64,14 @@ class NvidiaFormat:
         if not fields.has("lora_alpha") and any("down" in parts for parts in modules.values()):
             fields.reject("lora_alpha", "is missing: the reference has no default for it")
         rank, alpha = fields.count("r", 8), fields.number("lora_alpha", 1.0)
+        layers, is_axis_open = _modules(modules, rank, alpha / rank, axis, problems)
         adapter = Adapter(
             format="nvidia",
-            modules=_modules(modules, rank, alpha / rank, axis, problems),
+            modules=layers,
             replaced=_replaced(plain, fields, problems),
             base_model=fields.text("base_model_name_or_path") or None,
             task=fields.text("task_type"),
+            is_axis_open=is_axis_open,
             notes=notes,
         )
         if problems:
@@ -172,8 +174,10 @@ def _modules(
     scaling: float,
     axis: MagnitudeAxis | None,
     problems: list[str],
-) -> dict[str, DoraModule]:
+) -> tuple[dict[str, DoraModule], bool]:
+    """By path, and whether the axis of their magnitudes is open."""
     modules: dict[str, DoraModule] = {}
+    undecided: list[str] = []
     for path, tensors in sorted(stored.items()):
         if "magnitude" not in tensors:
             problems.append(f"{path}: weight_m_wdecomp is missing")
@@ -191,33 +195,38 @@ def _modules(
                 problems.append(
                     f"{path}: {_CONFIG} says rank {rank}, the tensors have rank {delta.rank}"
                 )
-        module = _module(path, delta, vector, scaling, axis, problems)
-        if module is not None:
-            modules[path] = module
-    if axis is None:
-        check_axes(modules.values(), problems)
+        resolved = _vector(path, delta, vector, problems, axis=axis, undecided=undecided)
+        if resolved is not None:
+            modules[path] = DoraModule(path, delta, resolved[0], resolved[1], scaling)
     if not stored:
         problems.append("the file holds no DoRA module")
-    return modules
+    if axis is not None:
+        return modules, False
+    return common_axis(modules, undecided, problems)
 
 
-def _module(
+def _vector(
     path: str,
     delta: LowRank | None,
-    vector: TensorRef,
-    scaling: float,
-    axis: MagnitudeAxis | None,
+    stored: TensorRef,
     problems: list[str],
-) -> DoraModule | None:
+    *,
+    axis: MagnitudeAxis | None,
+    undecided: list[str],
+) -> tuple[TensorRef, MagnitudeAxis] | None:
     """The reference stores `[out, 1]`; the length is all that a magnitude-only module has."""
-    size = vector.spec.numel
+    size = stored.spec.numel
     shape = delta.shape if delta is not None else (size, size)
     # What is shaped otherwise was not written by the reference, and is asked about.
-    by_format = MagnitudeAxis.OUT if vector.spec.shape in ((size,), (size, 1)) else None
-    resolved = magnitude(path, vector, shape, problems, axis=axis or by_format)
-    if resolved is None:
+    by_format = MagnitudeAxis.OUT if stored.spec.shape in ((size,), (size, 1)) else None
+    known = axis or by_format
+    if delta is None and known is None:
+        problems.append(
+            f"{path}: the magnitude {list(stored.spec.shape)} may belong to the outputs or to the "
+            "inputs: say which with --axis"
+        )
         return None
-    return DoraModule(path, delta, resolved[0], resolved[1], scaling)
+    return magnitude(path, stored, shape, problems, axis=known, undecided=undecided)
 
 
 def _replaced(

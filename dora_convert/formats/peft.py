@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from dora_convert.core.adapter import Adapter, DoraModule, LayerKind, MagnitudeAxis, TokenRows
+from dora_convert.core.adapter import (
+    Adapter,
+    BiasRule,
+    DoraModule,
+    LayerKind,
+    MagnitudeAxis,
+    RowOrder,
+    TokenRows,
+)
 from dora_convert.core.assembly import (
-    check_axes,
     check_replaced,
+    common_axis,
     convolution,
     linear,
     magnitude,
@@ -92,8 +100,11 @@ class PeftFormat:
         fields = Fields(config, CONFIG, problems)
         refuse_unmergeable(config, fields)
         parts = _sort(bundle, problems)
-        modules = _modules(parts, fields, axis, problems)
+        modules, is_axis_open = _modules(parts, fields, axis, problems)
         _check_magnitudes(modules, fields, problems, notes)
+        if _is_of_torchtune(config, modules):
+            modules = {path: _as_torchtune_left_it(module) for path, module in modules.items()}
+            notes.append(_TORCHTUNE)
         replaced = _replaced(parts, fields, problems, notes)
         token_rows = _token_rows(parts, config, problems)
         adapter = Adapter(
@@ -105,6 +116,7 @@ class PeftFormat:
             task=fields.text("task_type"),
             keeps_ties=fields.flag("ensure_weight_tying"),
             meets_transposed=fields.flag("fan_in_fan_out"),
+            is_axis_open=is_axis_open,
             notes=tuple(notes),
         )
         if problems:
@@ -180,7 +192,8 @@ def _unwrap_saved(parts: _Parts) -> None:
 
 def _modules(
     parts: _Parts, fields: Fields, axis: MagnitudeAxis | None, problems: list[str]
-) -> dict[str, DoraModule]:
+) -> tuple[dict[str, DoraModule], bool]:
+    """By path, and whether the axis of their magnitudes is open."""
     adapted = {
         path: tensors
         for path, tensors in parts.modules.items()
@@ -193,15 +206,16 @@ def _modules(
     }
     by_path = scalings(sorted(adapted), ranks, fields, problems)
     modules: dict[str, DoraModule] = {}
+    undecided: list[str] = []
     for path, tensors in sorted(adapted.items()):
-        module = _module(path, tensors, by_path[path], axis, problems)
+        module = _module(path, tensors, by_path[path], axis, problems, undecided)
         if module is not None:
             modules[path] = module
-    if axis is None:
-        check_axes([m for path, m in modules.items() if "down" in adapted[path]], problems)
     if not adapted:
         problems.append("the file holds no LoRA or DoRA module")
-    return modules
+    if axis is not None:
+        return modules, False
+    return common_axis(modules, undecided, problems)
 
 
 def _module(
@@ -210,6 +224,7 @@ def _module(
     scaling: float,
     axis: MagnitudeAxis | None,
     problems: list[str],
+    undecided: list[str],
 ) -> DoraModule | None:
     embedding = "embedding_a" in tensors or "embedding_b" in tensors
     first, second = ("embedding_a", "embedding_b") if embedding else ("down", "up")
@@ -244,7 +259,8 @@ def _module(
         # A vector has no direction of its own: PEFT's are always per output of the layer.
         given = axis if axis is not None and not embedding else None
         by_format = found_axis if _follows_peft(vector, delta.shape, found_axis) else None
-        resolved = magnitude(path, vector, delta.shape, problems, axis=given or by_format)
+        known = given or by_format
+        resolved = magnitude(path, vector, delta.shape, problems, axis=known, undecided=undecided)
         if resolved is None:
             return None
         vector, found_axis = resolved
@@ -271,7 +287,8 @@ def _check_magnitudes(
         if declared:
             problems.append(
                 f"{CONFIG} says use_dora, but none of the {len(modules)} modules has a magnitude: "
-                "the exporter dropped them, and what they were cannot be recovered from this file"
+                "whoever wrote it dropped them, as Megatron-Bridge, NeMo and PEFT's conversion of "
+                "PiSSA have done, and what they were cannot be recovered from this file"
             )
         else:
             notes.append("plain LoRA: the adapter holds no magnitude")
@@ -279,6 +296,27 @@ def _check_magnitudes(
         problems.extend(f"{path}: lora_magnitude_vector is missing" for path in without)
     elif modules and not declared:
         notes.append(f"{CONFIG} does not say use_dora, but the magnitudes are there: taken as DoRA")
+
+
+_TORCHTUNE = (
+    "written by torchtune, by its config: rows of q and k are put into the base's order, and a "
+    "bias is scaled as torchtune's forward does; adapter_model.pt of the same folder is safer"
+)
+
+
+def _is_of_torchtune(config: Json, modules: Mapping[str, DoraModule]) -> bool:
+    """Its exporter writes these keys and no other, least of all use_dora."""
+    keys = config.keys() - {"base_model_name_or_path"}
+    return keys == {"r", "lora_alpha", "target_modules", "peft_type"} and any(
+        module.magnitude is not None for module in modules.values()
+    )
+
+
+def _as_torchtune_left_it(module: DoraModule) -> DoraModule:
+    """It reorders the rows of lora_B, and forgets those of the magnitude; see `settle`."""
+    rotary = module.path.endswith((".q_proj", ".k_proj"))
+    order = RowOrder.INTERLEAVED if rotary else RowOrder.SAME
+    return replace(module, magnitude_order=order, bias_rule=BiasRule.SCALED)
 
 
 def _replaced(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dora_convert.core.adapter import Adapter, DoraModule, LayerKind
+from dora_convert.core.adapter import Adapter, BiasRule, DoraModule, LayerKind
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.plan import Merge, Piece, Plan
@@ -85,6 +85,8 @@ def stack_problems(adapter: Adapter, checkpoint: Checkpoint, stack: Stack) -> li
             problems += _end_problems(path, "an output head", stack.heads, tied)
         elif stack.inside not in path:
             problems.append(f"{path}: not a part of {stack.inside}N")
+        if module.bias_rule is BiasRule.SCALED:
+            problems.append(f"{path}: its bias was scaled as well, which a LoRA cannot carry")
     saved = [*adapter.replaced, *(f"{path} (token rows)" for path in adapter.token_rows)]
     problems += [f"{name}: trained whole, which a LoRA cannot carry" for name in saved]
     return problems

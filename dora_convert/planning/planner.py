@@ -17,6 +17,7 @@ from dora_convert.planning.merge import merge_jobs
 from dora_convert.planning.pack import own_shards, sized_shards
 from dora_convert.planning.quantise import Scheme, quantised
 from dora_convert.planning.resolve import Resolver
+from dora_convert.planning.settle import unsettled
 from dora_convert.planning.ties import untie
 from dora_convert.planning.vocabulary import vocabulary_problems
 
@@ -61,6 +62,7 @@ def plan_merge(
             f"the base is quantised ({', '.join(checkpoint.schemes)}): what is merged is what it "
             f"decodes to, and the result is {result}"
         )
+    matching.problems += unsettled(adapter)
     ties = untie(adapter, checkpoint, matching)
     outputs = merge_jobs(adapter, checkpoint, matching, ties, dtype=dtype)
     specs = [job.output for job in outputs.jobs.values()]

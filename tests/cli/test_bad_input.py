@@ -108,8 +108,13 @@ def test_names_that_the_base_does_not_have(box: Sandbox) -> None:
 
 
 def test_quantized_base(box: Sandbox) -> None:
+    box.configure(box.base, quantization_config={"quant_method": "surprise", "bits": 4})
+    box.refused(3, "quantised in a way that is not known: surprise", "16-bit original")
+
+
+def test_quantized_base_of_dense_tensors(box: Sandbox) -> None:
     box.configure(box.base, quantization_config={"quant_method": "gptq", "bits": 4})
-    box.refused(4, "quantised (gptq)", "16-bit original")
+    box.refused(3, "says that it is quantised (gptq)", "none of its tensors is", "config.json")
 
 
 # -------------------------------------------------------------------------------- broken files

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from dora_convert.core.adapter import MagnitudeAxis
-from dora_convert.core.assembly import check_axes, convolution, linear, magnitude
+from dora_convert.core.adapter import DoraModule, LayerKind, MagnitudeAxis
+from dora_convert.core.assembly import common_axis, convolution, linear, magnitude
 from dora_convert.core.tensors import DType
 
 from .values import dora, ref
@@ -88,12 +90,15 @@ def test_magnitude(
 
 def test_magnitude_of_a_square_weight() -> None:
     problems: list[str] = []
-    assert magnitude("q", ref("m", 6), (6, 6), problems, axis=None) is None
-    assert "--axis" in problems[0]
+    undecided: list[str] = []
+    found = magnitude("q", ref("m", 6), (6, 6), problems, axis=None, undecided=undecided)
+    assert found is not None
+    assert (undecided, problems) == (["q"], [])
     for axis in MagnitudeAxis:
-        found = magnitude("q", ref("m", 6), (6, 6), [], axis=axis)
+        found = magnitude("q", ref("m", 6), (6, 6), problems, axis=axis, undecided=undecided)
         assert found is not None
         assert found[1] is axis
+    assert (undecided, problems) == (["q"], [])
 
 
 def test_magnitude_of_integers() -> None:
@@ -102,13 +107,41 @@ def test_magnitude_of_integers() -> None:
     assert "I32, not a float" in problems[0]
 
 
-def test_axes() -> None:
-    out, inner = dora("a", 6, 10), dora("b", 6, 10, axis=MagnitudeAxis.IN)
-    plain = dora("c", 6, 10, axis=MagnitudeAxis.IN, magnitude=False)
+OUT, IN = MagnitudeAxis.OUT, MagnitudeAxis.IN
+
+
+def axes(
+    *modules: DoraModule, undecided: tuple[str, ...] = ()
+) -> tuple[dict[str, MagnitudeAxis], bool, list[str]]:
     problems: list[str] = []
-    check_axes([out, out, plain], problems)
-    check_axes([inner], problems)
-    check_axes([], problems)
-    assert problems == []
-    check_axes([out, inner], problems)
+    found, is_open = common_axis({m.path: m for m in modules}, undecided, problems)
+    return {path: m.axis for path, m in found.items()}, is_open, problems
+
+
+def test_axes_that_agree() -> None:
+    plain = dora("c", 6, 10, axis=IN, magnitude=False)
+    assert axes(dora("a", 6, 10), plain) == ({"a": OUT, "c": IN}, False, [])
+    assert axes() == ({}, False, [])
+
+
+def test_axes_that_disagree() -> None:
+    _, is_open, problems = axes(dora("a", 6, 10), dora("b", 6, 10, axis=IN))
+    assert not is_open
     assert len(problems) == 1
+    assert "--axis" in problems[0]
+
+
+@pytest.mark.parametrize("axis", MagnitudeAxis)
+def test_one_layer_speaks_for_the_square_ones(axis: MagnitudeAxis) -> None:
+    found = axes(dora("a", 6, 10, axis=axis), dora("b", 6, 6), undecided=("b",))
+    assert found == ({"a": axis, "b": axis}, False, [])
+
+
+def test_square_layers_alone_stay_open() -> None:
+    assert axes(dora("a", 6, 6), dora("b", 4, 4), undecided=("a", "b"))[1:] == (True, [])
+
+
+def test_an_embedding_says_nothing_of_the_axis() -> None:
+    embedding = replace(dora("e", 6, 10, axis=IN), kind=LayerKind.EMBEDDING)
+    found = axes(embedding, dora("b", 6, 6), undecided=("b",))
+    assert found == ({"e": IN, "b": OUT}, True, [])

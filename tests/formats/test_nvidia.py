@@ -117,9 +117,17 @@ def test_axis_that_the_user_gives() -> None:
 def test_row_vector_is_not_what_the_reference_stores(held: Any) -> None:
     """`[1, n]` on a square weight, or alone, may be per output or per input."""
     tensors = held | magnitude(Q, 1, 6)
-    assert "--axis" in only_problem(tensors)
     for axis in MagnitudeAxis:
         assert read(tensors, axis=axis).modules[Q].axis is axis
+
+
+def test_row_vector_of_a_square_weight_is_left_to_the_base() -> None:
+    assert read(layer(inner=6) | magnitude(Q, 1, 6)).is_axis_open
+    assert not read(layer(inner=6)).is_axis_open
+
+
+def test_row_vector_alone() -> None:
+    assert "--axis" in only_problem(magnitude(Q, 1, 6))
 
 
 def test_row_vector_that_fits_one_axis() -> None:

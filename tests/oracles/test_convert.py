@@ -162,3 +162,39 @@ def test_the_config_peft_reads(tmp_path: Path) -> None:
     assert config["use_dora"] is True
     assert config["use_rslora"] is False  # its scale is in alpha
     assert all(key.startswith("^") for key in config["rank_pattern"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_torchtune_there_and_back(family: str, tmp_path: Path) -> None:
+    """Its export is set right through the base; written as its own file it is that bit for bit."""
+    folder = FIXTURES / "torchtune" / family
+    how = api.ConvertOptions(format="torchtune")
+    api.convert(folder / "adapter", tmp_path / "out", base=folder / "base", how=how)
+    own = torch.load(folder / "adapter" / "adapter_model.pt", weights_only=True)
+    made = torch.load(tmp_path / "out" / "adapter_model.pt", weights_only=True)
+    assert own.keys() == made.keys()
+    assert all(torch.equal(own[key], made[key]) for key in own)
+
+
+def test_peft_computes_with_a_torchtune_adapter(tmp_path: Path) -> None:
+    """Llama has no biases, so that PEFT can hold it: PEFT's merge is torchtune's own."""
+    folder = FIXTURES / "torchtune" / "llama"
+    how = api.ConvertOptions(format="peft")
+    source = folder / "adapter" / "adapter_model.pt"
+    api.convert(source, tmp_path / "out", base=folder / "base", options=PICKLES, how=how)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        merged = PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
+    expected = load_file(folder / "reference_merge.safetensors")
+    compared = [name for name in expected if name.endswith("_proj.weight")]
+    assert len(compared) == 14
+    for name in compared:
+        assert (merged[name] - expected[name]).norm() < 1e-5 * expected[name].norm()
+
+
+def test_scaled_biases_do_not_fit_peft(tmp_path: Path) -> None:
+    folder = FIXTURES / "torchtune" / "qwen2"
+    how = api.ConvertOptions(format="peft")
+    with pytest.raises(InputError) as caught:
+        api.convert(folder / "adapter", tmp_path / "out", base=folder / "base", how=how)
+    assert any("scaled with the row" in problem for problem in caught.value.problems)
