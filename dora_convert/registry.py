@@ -1,11 +1,16 @@
-"""Plug-ins by file name: `formats/peft.py` is the format `peft`; third parties use entry points."""
+"""Plug-ins by file name: `formats/peft.py` is the format `peft`, and so is `formats/mlx.toml`.
+
+Third parties use entry points.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from dora_convert.errors import UnknownNameError
@@ -22,12 +27,22 @@ class Registry(Generic[T]):
     """The plug-ins of one package, each a module that holds its object under `attribute`.
 
     If `is_open`, an entry point of the group `package` adds one; it cannot take a built-in name.
+    `load` makes an object of a TOML file, for plug-ins that are data.
     """
 
-    def __init__(self, package: str, attribute: str, *, is_open: bool = True) -> None:
+    def __init__(
+        self,
+        package: str,
+        attribute: str,
+        *,
+        is_open: bool = True,
+        load: Callable[[Path], T] | None = None,
+    ) -> None:
         self._package = package
         self._attribute = attribute
         self._is_open = is_open
+        self._load = load
+        self._loaded: dict[str, T] = {}
 
     @cached_property
     def _entry_points(self) -> dict[str, EntryPoint]:
@@ -37,23 +52,39 @@ class Registry(Generic[T]):
         from importlib.metadata import entry_points  # noqa: PLC0415
 
         found = entry_points(group=self._package)
-        return {e.name: e for e in found if e.name not in self._built_in}
+        built_in = self._modules | self._files.keys()
+        return {e.name: e for e in found if e.name not in built_in}
 
     @cached_property
-    def _built_in(self) -> frozenset[str]:
-        path = importlib.import_module(self._package).__path__
-        return frozenset(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    def _modules(self) -> frozenset[str]:
+        names = (m.name for m in pkgutil.iter_modules(self._folders))
+        return frozenset(name for name in names if not name.startswith("_"))
+
+    @cached_property
+    def _files(self) -> Mapping[str, Path]:
+        if self._load is None:
+            return {}
+        files = (file for folder in self._folders for file in Path(folder).glob("[!_]*.toml"))
+        return {file.stem: file for file in files}
+
+    @property
+    def _folders(self) -> list[str]:
+        return list(importlib.import_module(self._package).__path__)
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted; imports no plug-in."""
-        return tuple(sorted(self._built_in | self._entry_points.keys()))
+        return tuple(sorted(self._modules | self._files.keys() | self._entry_points.keys()))
 
     def get(self, name: str) -> T:
         """Import and return one plug-in; raises UnknownNameError with the nearest name."""
-        if name in self._built_in:
+        if name in self._modules:
             module = importlib.import_module(f"{self._package}.{name}")
             plugin: T = getattr(module, self._attribute)
             return plugin
+        if name in self._files and self._load is not None:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(self._files[name])
+            return self._loaded[name]
         if name in self._entry_points:
             loaded: T = self._entry_points[name].load()
             return loaded

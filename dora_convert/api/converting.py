@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dora_convert.api.bases import open_base
 from dora_convert.api.merging import Silent
-from dora_convert.api.reading import ReadOptions, read_adapter
+from dora_convert.api.reading import ReadOptions, open_spec, read_adapter
 from dora_convert.api.settling import settled
 from dora_convert.core.adapter import BiasRule
 from dora_convert.core.bundle import json_text
@@ -27,7 +27,10 @@ __all__ = ["ConvertOptions", "convert"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
-    """What layout to write. `dtype`: element type of all floats, by default each tensor's own."""
+    """What to write: `format` is a format's name, or a file that describes one.
+
+    `dtype`: element type of all floats, by default each tensor's own.
+    """
 
     format: str
     dtype: DType | None = None
@@ -50,7 +53,8 @@ def convert(
     Raises InputError for what the layout cannot hold, MismatchError, OutputError, and
     VerificationError where what was written does not read back the same.
     """
-    target = formats.get(how.format)
+    described = how.format.endswith(".toml")
+    target = open_spec(Path(how.format)) if described else formats.get(how.format)
     options = options or ReadOptions()
     found = read_adapter(adapter, options)
     inputs = (adapter,) if base is None else (adapter, base)

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.core.protocols import AdapterFormat
+from dora_convert.core.spec.format import SpecFormat
+from dora_convert.core.spec.parsing import parse
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.formats import detect, formats
 from dora_convert.planning.checks import scaled, selected, without
 from dora_convert.planning.planner import Proposal
 from dora_convert.storage.bundle import open_bundle
-from dora_convert.storage.folders import is_hub_name
+from dora_convert.storage.documents import read_text
+from dora_convert.storage.folders import is_hub_name, require_path
 
-__all__ = ["ReadOptions", "checked", "named_base", "read_adapter", "worker_count"]
+__all__ = [
+    "ReadOptions",
+    "checked",
+    "named_base",
+    "named_format",
+    "open_spec",
+    "read_adapter",
+    "worker_count",
+]
+
+_SPEC_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +38,9 @@ class ReadOptions:
 
     `ignore` are globs of adapter tensors to leave out; `include` and `exclude` globs of module
     paths; `transposed` globs of modules whose weight is stored `[in, out]`; `axis` settles a
-    magnitude whose format and shape do not; `scale` multiplies the update (PEFT's set_scale).
+    magnitude whose format and shape do not; `scale` multiplies the update (PEFT's set_scale), or is
+    the scaling itself where the trainer saved none. `format` is the adapter's format, `spec` a
+    file that describes it; without either it is detected.
     """
 
     allow_pickle: bool = False
@@ -33,22 +49,57 @@ class ReadOptions:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     transposed: Sequence[str] = ()
-    scale: float = 1.0
+    scale: float | None = None
+    format: str | None = None
+    spec: Path | None = None
 
 
 def read_adapter(path: Path, options: ReadOptions) -> Adapter:
     """The adapter in canonical layout. Raises InputError."""
-    bundle = without(open_bundle(path, allow_pickle=options.allow_pickle), options.ignore)
-    adapter = formats.get(detect(bundle)).read(bundle, axis=options.axis)
-    return scaled(selected(adapter, options.include, options.exclude), options.scale)
+    reader = named_format(options)
+    described = reader.spec if isinstance(reader, SpecFormat) else None
+    bundle = open_bundle(
+        path,
+        allow_pickle=options.allow_pickle,
+        files=described.files if described is not None else (),
+        config=described.config if described is not None else None,
+    )
+    bundle = without(bundle, options.ignore)
+    reader = reader or formats.get(detect(bundle))
+    adapter = reader.read(bundle, axis=options.axis)
+    if adapter.is_scaling_open and options.scale is None:
+        raise InputError(
+            f"{reader.title} does not save what the update is multiplied with",
+            where=str(path),
+            hint="Pass it with --scale, as it was in training; --scale 1 if it was not multiplied.",
+        )
+    adapter = replace(adapter, is_scaling_open=False)
+    scale = 1.0 if options.scale is None else options.scale
+    return scaled(selected(adapter, options.include, options.exclude), scale)
+
+
+def named_format(options: ReadOptions) -> AdapterFormat | None:
+    """The format that the options name or describe, if they do. Raises InputError."""
+    if options.spec is not None and options.format is not None:
+        raise InputError("the format is either named or described, not both")
+    if options.format is not None:
+        return formats.get(options.format)
+    return open_spec(options.spec) if options.spec is not None else None
+
+
+def open_spec(file: Path) -> SpecFormat:
+    """The format that a file describes; it is called as the file is. Raises InputError."""
+    require_path(file, "description of a format")
+    text = read_text(file, limit=_SPEC_LIMIT)
+    return SpecFormat(parse(text, name=file.stem, file=str(file)))
 
 
 def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> list[str]:
     """Look at the data too, then raise for everything at once; returns what is only doubtful."""
+    from dora_convert.execution.decoding import open_reader
     from dora_convert.execution.probe import copy_differences, fingerprint, nonfinite
-    from dora_convert.storage.reader import Reader
 
-    reader = Reader()
+    reader = open_reader()
     cores = worker_count(None)
     problems = [*proposal.problems, *nonfinite(adapter, reader, workers=cores)]
     where = (

@@ -146,9 +146,19 @@ def read_options(command: F) -> F:
             "--scale",
             type=number,
             metavar="NUMBER",
-            default=1.0,
-            show_default=True,
-            help="Multiply the update, inside the norm as PEFT's set_scale does.",
+            help="Multiply the update, inside the norm as PEFT's set_scale does; what it is "
+            "multiplied with at all where the trainer saved no scaling.",
+        ),
+        click.option(
+            "--format",
+            metavar="NAME",
+            help="The adapter's format, where its files do not tell; formats lists them.",
+        ),
+        click.option(
+            "--spec",
+            type=PATH,
+            metavar="FILE",
+            help="Read the adapter as FILE describes; formats --example-spec shows how.",
         ),
         click.option(
             "--allow-pickle",

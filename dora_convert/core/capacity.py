@@ -47,6 +47,8 @@ def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
     found = [text for module in adapter.modules.values() for text in _module(module, capacity)]
     if adapter.is_axis_open:
         found.append("what the magnitudes belong to is not known: give the base, or --axis")
+    if adapter.is_scaling_open:
+        found.append("what the update is multiplied with is not known: give it with --scale")
     scalings = {m.scaling for m in adapter.modules.values() if m.delta is not None}
     if capacity.one_scaling and len(scalings) > 1:
         shown = ", ".join(f"{scaling:g}" for scaling in sorted(scalings)[:4])

@@ -55,6 +55,9 @@ def in_base_order(adapter: Adapter, config: Json, evidence: Mapping[RowOrder, Mo
     marked = {path: m for path, m in adapter.modules.items() if _is_marked(m)}
     if not marked:
         return _unmarked(adapter, config, evidence)
+    pairs = {(m.up_order, m.magnitude_order) for m in marked.values()}
+    both, one = (RowOrder.INTERLEAVED,) * 2, (RowOrder.SAME, RowOrder.INTERLEAVED)
+    assert pairs in ({both}, {one}), pairs  # what trainers write; formats mark nothing else
     is_export = all(m.up_order is RowOrder.SAME for m in marked.values())
     interleaved = _family(config)
     seen = _seen(evidence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import stat
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_convert.cli.tables import columns
+from dora_convert.formats import formats
 from tests.cli.sandbox import MODULES, RANK, Result, Sandbox, digest
 
 SCALING = 8 / RANK
@@ -454,13 +454,12 @@ def test_formats(run: Callable[..., Result]) -> None:
     assert result.code == 0
     names = [line.split()[0] for line in result.out.splitlines()]
     assert names == sorted(names)
-    assert "peft       Hugging Face PEFT\n" in result.out
+    assert "peft         Hugging Face PEFT\n" in result.out
     report = run("formats", "--json").json
     assert report["schema"] == "dora-convert/formats/1"
     assert list(report["adapters"]) == names
     for name in names:
-        module = importlib.import_module(f"dora_convert.formats.{name}")
-        assert report["adapters"][name] == module.FORMAT.title
+        assert report["adapters"][name] == formats.get(name).title
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

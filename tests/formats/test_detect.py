@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dora_convert.core.bundle import Bundle
 from dora_convert.errors import InputError
@@ -18,11 +19,31 @@ ADAPTERS = {
     **{f"peft/{p.name}": "peft" for p in sorted((FIXTURES / "peft").iterdir()) if p.is_dir()},
     "nvidia": "nvidia",
     "minilm": "peft",
+    "megatron": "megatron",
+    **{f"torchtune/{name}/adapter/adapter_model.pt": "torchtune" for name in ("llama", "qwen2")},
+    **{f"torchtune/{name}/adapter": "peft" for name in ("llama", "qwen2")},
+    **{f"mlx/{name}": "mlx" for name in ("linear", "embedding", "as_lora")},
+    "mlx of 2024": "mlx_examples",
+    "small/fsdp_qlora_bias0": "fsdp_qlora",
+    "small/fsdp_qlora_bias1": "fsdp_qlora",
+    "small/catid": "catid",
+    "small/rasbt": "rasbt",
+    "small/vlt5_DoraLinear": "vlt5",
+    "small/vlt5_DoraLinear_simple": "vlt5",
 }
+# Layouts of a whole model's state dict, in which every tensor belongs to the model.
+WHOLE = {"catid", "rasbt", "vlt5"}
 KEY = "base_model.model.q"
 
 
 def adapter(name: str) -> Bundle:
+    if name.startswith("small/"):
+        shapes = torch.load(FIXTURES / f"{name}.fixture.pt", weights_only=True)["adapter"]
+        return bundle({key: tuple(tensor.shape) for key, tensor in shapes.items()}, None)
+    if name == "mlx of 2024":
+        parameters = {"rank": 4, "alpha": 16, "scale": 10.0}
+        config = {"use_dora": True, "lora_layers": 1, "lora_parameters": parameters}
+        return bundle(adapter("mlx/linear").tensors, config)
     folder = FIXTURES / name
     inner = folder / "adapter"
     return open_bundle(inner if inner.exists() else folder, allow_pickle=True)
@@ -47,6 +68,9 @@ def test_a_tensor_too_much_is_an_error_in_every_format(name: str) -> None:
     more = Bundle(held.root, {**held.tensors, **extra}, held.documents)
     plugin = formats.get(ADAPTERS[name])
     assert plugin.read(held).modules
+    if ADAPTERS[name] in WHOLE:
+        assert plugin.read(more).replaced.keys() - plugin.read(held).replaced == {"some.thing"}
+        return
     with pytest.raises(InputError) as caught:
         plugin.read(more)
     assert caught.value.problems == ("some.thing [3] is not understood",)
@@ -62,7 +86,8 @@ def test_neither() -> None:
     with pytest.raises(InputError, match="not an adapter in a known format") as caught:
         detect(held)
     assert "model.norm.weight" in caught.value.where[1]
-    assert "nvidia, peft" in caught.value.hint
+    assert ", ".join(formats.names()) in caught.value.hint
+    assert "--spec" in caught.value.hint
 
 
 def test_neither_and_empty() -> None:
@@ -78,5 +103,8 @@ def test_both() -> None:
         f"{KEY}.lora_B.weight": (3, 2),
         f"{KEY}.weight_m_wdecomp.weight": (3, 1),
     }
-    with pytest.raises(InputError, match="more than one adapter format fits: nvidia, peft"):
+    with pytest.raises(
+        InputError, match="more than one adapter format fits: nvidia, peft"
+    ) as caught:
         detect(bundle(tensors, {"peft_type": "LORA"}))
+    assert "--format nvidia" in caught.value.hint

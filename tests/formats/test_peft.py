@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, RowOrder
 from dora_convert.core.patterns import first_matches
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError
@@ -170,7 +171,23 @@ def plain() -> dict[str, TensorRef]:
 
 
 def test_use_dora_without_any_magnitude() -> None:
-    assert "none of the 1 modules has a magnitude" in only_problem(plain())
+    told = only_problem(plain())
+    assert "none of the 1 modules has a magnitude" in told
+    assert all(name in told for name in ("Megatron-Bridge", "NeMo", "PiSSA"))
+
+
+def test_nemo_automodel() -> None:
+    """It writes PEFT's layout, with whole paths, few keys and a config of its own beside."""
+    config = {"task_type": "CAUSAL_LM", "peft_type": "LORA", "r": 4, "lora_alpha": 12}
+    config |= {"use_dora": True, "target_modules": [Q], "bias": "none"}
+    held = bundle(layer(), config)
+    documents = {**held.documents, "automodel_peft_config.json": {"dim": 4, "alpha": 12}}
+    found = FORMAT.read(replace(held, documents=documents))
+    assert FORMAT.detect(held)
+    assert found.modules[Q].scaling == 3.0
+    assert found.modules[Q].bias_rule is BiasRule.KEEP
+    assert found.modules[Q].magnitude_order is RowOrder.SAME
+    assert found.notes == ()
 
 
 @pytest.mark.parametrize("value", [False, None])
@@ -246,9 +263,21 @@ def test_shape_decides_the_axis(shape: tuple[int, ...], axis: str) -> None:
 def test_row_vector_of_a_square_weight() -> None:
     name = f"{PREFIX}{Q}.lora_magnitude_vector"
     tensors = layer(out=10) | {name: ref(name, 1, 10)}
-    assert "--axis" in only_problem(tensors)
+    assert read(tensors).is_axis_open
     for axis in MagnitudeAxis:
-        assert read(tensors, axis=axis).modules[Q].axis is axis
+        found = read(tensors, axis=axis)
+        assert found.modules[Q].axis is axis
+        assert not found.is_axis_open
+
+
+def test_another_layer_speaks_for_the_square_one() -> None:
+    name = f"{PREFIX}square.lora_magnitude_vector"
+    tensors = layer("square", 8, 8) | {name: ref(name, 1, 8)}
+    for length, axis in ((6, MagnitudeAxis.OUT), (10, MagnitudeAxis.IN)):
+        other = f"{PREFIX}{Q}.lora_magnitude_vector"
+        found = read(tensors | layer() | {other: ref(other, 1, length)})
+        assert {m.axis for m in found.modules.values()} == {axis}
+        assert not found.is_axis_open
 
 
 def test_vector_of_a_square_weight_is_per_output() -> None:

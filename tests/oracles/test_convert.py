@@ -198,3 +198,21 @@ def test_scaled_biases_do_not_fit_peft(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         api.convert(folder / "adapter", tmp_path / "out", base=folder / "base", how=how)
     assert any("scaled with the row" in problem for problem in caught.value.problems)
+
+
+def test_into_a_described_layout_and_back(tmp_path: Path) -> None:
+    """A format that only a file describes is written and read like any other."""
+    spec = tmp_path / "mine.toml"
+    spec.write_text(
+        'title = "Mine"\nweights = "mine.safetensors"\nconfig = "mine.json"\n'
+        'scale = "scale"\n'
+        '[tensors]\ndown = { name = "{module}/a", shape = ["in", "rank"] }\n'
+        'up = "{module}/b"\nmagnitude = { name = "{module}/m", shape = ["out"] }\n'
+        '[write]\nscale = "{scale}"\n'
+    )
+    source = FIXTURES / "peft" / "llama_all_sharded" / "adapter"
+    api.convert(source, tmp_path / "out", how=api.ConvertOptions(format=str(spec)))
+    same(
+        api.read_adapter(source, PICKLES),
+        api.read_adapter(tmp_path / "out", api.ReadOptions(spec=spec)),
+    )

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dora_convert.core.tensors import Pickled, Slice
 from dora_convert.errors import InputError
@@ -78,6 +79,68 @@ def test_safetensors_come_before_a_pickle(tmp_path: Path, save: Make) -> None:
     torch.save({"b": torch.ones(2)}, tmp_path / "adapter_model.bin")
     save("adapter_model.safetensors", "a")
     assert list(open_bundle(tmp_path, allow_pickle=True).tensors) == ["a"]
+
+
+def test_second_file_of_llava(tmp_path: Path) -> None:
+    """Its trainer saves the magnitudes beside the adapter."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "adapter_model.bin")
+    torch.save({"b": torch.ones(2)}, tmp_path / "non_lora_trainables.bin")
+    assert sorted(open_bundle(tmp_path, allow_pickle=True).tensors) == ["a", "b"]
+    file = tmp_path / "adapter_model.bin"
+    assert sorted(open_bundle(file, allow_pickle=True).tensors) == ["a"]
+    torch.save({"a": torch.ones(2)}, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(InputError) as caught:
+        open_bundle(tmp_path, allow_pickle=True)
+    assert caught.value.problems == ('adapter_model.bin and non_lora_trainables.bin both hold "a"',)
+
+
+def test_files_that_are_asked_for(tmp_path: Path, save: Make, write: Make) -> None:
+    save("adapter_model.safetensors", "a")
+    save("x_1.safetensors", "b")
+    save("x_2.safetensors", "c")
+    write("settings.json", {"r": 8})
+    write("other.json", {"r": 9})
+    found = open_bundle(tmp_path, files=["x_*.safetensors", "y"], config="settings.json")
+    assert sorted(found.tensors) == ["b", "c"]
+    assert found.documents == {"settings.json": {"r": 8}}
+    assert list(open_bundle(tmp_path / "x_1.safetensors", files=["y"]).tensors) == ["b"]
+    with pytest.raises(InputError, match=r"no file in .* is called y or z: it holds adapter_model"):
+        open_bundle(tmp_path, files=["y", "z"])
+    write("settings.json", "{")
+    with pytest.raises(InputError, match=r"settings\.json is not valid JSON"):
+        open_bundle(tmp_path, files=["x_1*"], config="settings.json")
+    with pytest.raises(InputError, match="neither a safetensors file nor a torch pickle"):
+        open_bundle(tmp_path, files=["other.json"])
+
+
+def test_pickle_that_is_asked_for(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "mine.pth")
+    with pytest.raises(InputError, match=r"in mine\.pth, a pickle"):
+        open_bundle(tmp_path, files=["*.pth"])
+    assert list(open_bundle(tmp_path, files=["*.pth"], allow_pickle=True).tensors) == ["a"]
+
+
+def test_values_of_tensors_with_one_number(tmp_path: Path) -> None:
+    """Of all element types that a module's alpha may have; what is not finite has none."""
+    values = {
+        "f32": torch.tensor(16.5),
+        "f64": torch.tensor([0.1], dtype=torch.float64),
+        "f16": torch.tensor([[2.5]], dtype=torch.float16),
+        "bf16": torch.tensor(-3.0, dtype=torch.bfloat16),
+        "i64": torch.tensor(8),
+        "i32": torch.tensor(7, dtype=torch.int32),
+        "u8": torch.tensor(8, dtype=torch.uint8),
+        "nan": torch.tensor(float("nan")),
+        "inf": torch.tensor(float("inf"), dtype=torch.bfloat16),
+        "two": torch.ones(2),
+        "none": torch.ones(0),
+    }
+    others = ("u8", "nan", "inf", "two", "none")
+    expected = {n: t.item() for n, t in values.items() if n not in others}
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    assert open_bundle(tmp_path).scalars == expected
+    torch.save(values, tmp_path / "a.pt")
+    assert open_bundle(tmp_path / "a.pt", allow_pickle=True).scalars == expected | {"u8": 8.0}
 
 
 def test_sharded(tmp_path: Path, save: Make, write: Make) -> None:

@@ -36,7 +36,7 @@ __all__ = ["COMMAND"]
     "target",
     required=True,
     metavar="FORMAT",
-    help="Layout to write; dora-convert formats lists them.",
+    help="Layout to write: one that dora-convert formats lists, or a file that describes one.",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write; a new one.")
 @click.option(

@@ -18,17 +18,26 @@ class _Formats:
 
 
 @click.command("formats")
+@click.option(
+    "--example-spec",
+    is_flag=True,
+    help="Print a commented description of a format instead, as --spec takes them.",
+)
 @json_option
-def _formats(*, as_json: bool) -> None:
+def _formats(*, example_spec: bool, as_json: bool) -> None:
     """List the adapter formats that can be read."""
+    from dora_convert.formats import example_spec as example
     from dora_convert.formats import formats as registry
 
+    if example_spec:
+        click.echo(example(), nl=False)
+        return
     titles = {name: registry.get(name).title for name in registry.names()}
     if as_json:
         show_json("formats", _Formats(titles))
         return
     for name, title in titles.items():
-        click.echo(f"{name:10} {title}")
+        click.echo(f"{name:12} {title}")
 
 
 COMMAND = _formats

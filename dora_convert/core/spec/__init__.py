@@ -1,0 +1,1 @@
+"""Adapter layouts described by data instead of code, as docs/custom-formats.md tells."""
