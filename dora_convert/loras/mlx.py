@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 
+from dora_convert.core.bundle import json_text
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.pairs import Factor, LoraFile, Pair
 from dora_convert.core.plan import WrittenFile
@@ -68,7 +68,7 @@ def _config(lora: Lora) -> str:
             "keys": sorted(keys),
         },
     }
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return json_text(config)
 
 
 FORMAT = _Mlx()

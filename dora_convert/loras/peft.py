@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 from dora_convert.core.adapter import LayerKind
+from dora_convert.core.bundle import json_text
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.pairs import Factor, LoraFile, Pair
+from dora_convert.core.peft_files import PEFT_PREFIX
 from dora_convert.core.plan import WrittenFile
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.planning.lora import Lora, factor_shapes, suffixes
 from dora_convert.storage.header import layout
 
 __all__ = ["FORMAT"]
-
-_PREFIX = "base_model.model."
 
 
 class _Peft:
@@ -37,7 +35,7 @@ def _pair(layer: LoraLayer, lora: Lora) -> Pair:
     down, up = factor_shapes(layer, lora.ranks[layer.path])
     embedding = layer.kind is LayerKind.EMBEDDING
     ends = ("lora_embedding_A", "lora_embedding_B") if embedding else _LINEAR
-    names = (f"{_PREFIX}{layer.path}.{end}" for end in ends)
+    names = (f"{PEFT_PREFIX}{layer.path}.{end}" for end in ends)
     a, b = (
         Factor(TensorSpec(name, lora.dtype, shape))
         for name, shape in zip(names, (down, up), strict=True)
@@ -70,7 +68,7 @@ def _config(lora: Lora) -> str:
         "modules_to_save": None,
         "inference_mode": True,
     }
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return json_text(config)
 
 
 FORMAT = _Peft()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
+from dora_convert.core.bundle import json_text
 from dora_convert.core.plan import Job, Shard
 from dora_convert.planning.merge import Outputs
 
@@ -62,4 +62,4 @@ def index_text(shards: Sequence[Shard]) -> str:
     weight_map = {spec.name: shard.file for shard in shards for spec in shard.specs}
     total = sum(shard.nbytes for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    return json_text(index)

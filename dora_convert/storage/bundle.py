@@ -91,6 +91,9 @@ def _choose(root: Path, names: list[str], globs: Sequence[str]) -> list[str]:
     found = some(contents(root)) or "nothing"
     what = f"there is no adapter in {root.name or root}: it holds {found}"
     hint = "An adapter folder holds adapter_model.safetensors and adapter_config.json."
+    if any(name.endswith(".distcp") for name in names):
+        what = f"{root.name or root} is a torch-dist checkpoint, which Megatron alone gathers"
+        hint = "Save the .adapter. entries of the gathered state dict as one safetensors file."
     raise InputError(what, where=str(root), hint=hint)
 
 

@@ -251,3 +251,10 @@ def test_no_permission(tmp_path: Path, save: Make) -> None:
     file.chmod(0)
     with pytest.raises(InputError, match="permission is denied"):
         open_bundle(tmp_path)
+
+
+def test_a_checkpoint_of_megatron(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(InputError, match="torch-dist checkpoint") as caught:
+        open_bundle(tmp_path)
+    assert "gathered" in caught.value.hint
