@@ -14,11 +14,10 @@ from vllm.lora.request import LoRARequest
 def main(job: dict[str, object]) -> None:
     engine = LLM(
         model=job["base"],
-        dtype="float32",
+        dtype=job.get("dtype", "float32"),
         skip_tokenizer_init=True,
         enforce_eager=True,
-        enable_lora=True,
-        max_lora_rank=job["rank"],
+        **({"enable_lora": True, "max_lora_rank": job["rank"]} if job["loras"] else {}),
         max_model_len=64,
         max_num_seqs=8,
         max_logprobs=-1,
