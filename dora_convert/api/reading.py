@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
 from dora_convert.core.protocols import AdapterFormat
 from dora_convert.core.spec.format import SpecFormat
 from dora_convert.core.spec.parsing import parse
+from dora_convert.core.tensors import Pickled, Slice, TensorRef
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.formats import detect, formats
+from dora_convert.hub.locate import local_path, origin
+from dora_convert.hub.refs import parse_ref
 from dora_convert.planning.checks import scaled, selected, without
 from dora_convert.planning.planner import Proposal
 from dora_convert.storage.bundle import open_bundle
 from dora_convert.storage.documents import read_text
-from dora_convert.storage.folders import is_hub_name, require_path
+from dora_convert.storage.folders import require_path
+from dora_convert.storage.selection import adapter_files
 
 __all__ = [
     "ReadOptions",
+    "adapter_place",
     "checked",
     "named_base",
     "named_format",
@@ -40,7 +46,8 @@ class ReadOptions:
     paths; `transposed` globs of modules whose weight is stored `[in, out]`; `axis` settles a
     magnitude whose format and shape do not; `scale` multiplies the update (PEFT's set_scale), or is
     the scaling itself where the trainer saved none. `format` is the adapter's format, `spec` a
-    file that describes it; without either it is detected.
+    file that describes it; without either it is detected. `trained_on`: the quantisation that the
+    base was loaded in for training, where the base given is the original.
     """
 
     allow_pickle: bool = False
@@ -52,16 +59,28 @@ class ReadOptions:
     scale: float | None = None
     format: str | None = None
     spec: Path | None = None
+    trained_on: str | None = None
+
+
+def adapter_place(path: Path, options: ReadOptions) -> Path:
+    """Where the adapter's files are: `path` itself, or what is fetched for a name on the Hub.
+
+    Raises InputError and HubError.
+    """
+    reader = named_format(options)
+    files = reader.spec.files if isinstance(reader, SpecFormat) else ()
+    return local_path(path, partial(adapter_files, globs=files))
 
 
 def read_adapter(path: Path, options: ReadOptions) -> Adapter:
-    """The adapter in canonical layout. Raises InputError."""
+    """The adapter in canonical layout. Raises InputError, and HubError for one on the Hub."""
     reader = named_format(options)
     described = reader.spec if isinstance(reader, SpecFormat) else None
+    files = described.files if described is not None else ()
     bundle = open_bundle(
-        path,
+        adapter_place(path, options),
         allow_pickle=options.allow_pickle,
-        files=described.files if described is not None else (),
+        files=files,
         config=described.config if described is not None else None,
     )
     bundle = without(bundle, options.ignore)
@@ -111,7 +130,7 @@ def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> lis
         raise MismatchError(
             "the adapter does not fit this base", where=where, problems=problems, hint=hint
         )
-    notes = []
+    notes = _origin(proposal.weights)
     mark = fingerprint(proposal.plan, reader, workers=cores)
     if mark is not None and mark.is_doubtful:
         notes.append(
@@ -128,16 +147,22 @@ def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> lis
     return notes
 
 
+def _origin(weights: Mapping[str, TensorRef]) -> list[str]:
+    """Where on the Hub the base is from, as a note."""
+    places = [r.source.file for r in weights.values() if isinstance(r.source, Slice | Pickled)]
+    found = origin(places[0]) if places else None
+    return [] if found is None else [f"the base is {found[0]} of the Hub, at commit {found[1]}"]
+
+
 def named_base(adapter: Adapter) -> Path:
+    """The base that the adapter names: a folder here, or what it is called on the Hub."""
     if adapter.base_model is None:
         raise InputError("the adapter does not name its base", hint="Pass it with --base DIR.")
     path = Path(adapter.base_model)
-    if not path.exists():
+    if not path.exists() and parse_ref(adapter.base_model) is None:
         raise InputError(
             f"the adapter was trained on {adapter.base_model}, which is not a folder here",
-            hint=f"hf download {adapter.base_model} --local-dir DIR, and pass --base DIR"
-            if is_hub_name(adapter.base_model)
-            else "Pass the base model's folder with --base DIR.",
+            hint="Pass the base model's folder, or its name on the Hub, with --base.",
         )
     return path
 

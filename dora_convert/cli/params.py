@@ -95,7 +95,8 @@ base_option = click.option(
     "--base",
     type=PATH,
     metavar="MODEL",
-    help="Folder of the base model; by default the one that the adapter names.",
+    help="Base model: a folder, or org/name[@revision] on the Hub; by default the one that the "
+    "adapter names.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; errors too, on stderr."
@@ -159,6 +160,12 @@ def read_options(command: F) -> F:
             type=PATH,
             metavar="FILE",
             help="Read the adapter as FILE describes; formats --example-spec shows how.",
+        ),
+        click.option(
+            "--trained-on",
+            metavar="SCHEME",
+            help="Take the base as it was in training where it was loaded in nf4, nf4_dq (double "
+            "quantisation), fp4 or int8, as QDoRA does; the adapter does not tell.",
         ),
         click.option(
             "--allow-pickle",

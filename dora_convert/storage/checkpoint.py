@@ -23,7 +23,7 @@ from dora_convert.storage.weights import (
     some,
 )
 
-__all__ = ["open_checkpoint"]
+__all__ = ["is_carried", "open_checkpoint"]
 
 _MODEL = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
@@ -142,17 +142,25 @@ def _carried(root: Path) -> tuple[str, ...]:
         folders[:] = [name for name in folders if not _is_passed_over(name)]
         for name in names:
             file = Path(place, name)
-            part = bool(_MODULE_FOLDER.fullmatch(file.relative_to(root).parts[0]))
-            if (part or _is_carried(name)) and file.is_file() and not leaves(root, file):
-                carried.append(file.relative_to(root).as_posix())
+            relative = file.relative_to(root).as_posix()
+            if is_carried(relative) and file.is_file() and not leaves(root, file):
+                carried.append(relative)
     return tuple(sorted(carried))
+
+
+def is_carried(file: str) -> bool:
+    """Whether a file, named from the model's folder on, goes along with the model's weights."""
+    *folders, name = file.split("/")
+    if any(_is_passed_over(folder) for folder in folders):
+        return False
+    return bool(folders and _MODULE_FOLDER.fullmatch(folders[0])) or _is_small(name)
 
 
 def _is_passed_over(folder: str) -> bool:
     return folder.startswith(".") or folder in _OTHER_RUNTIMES
 
 
-def _is_carried(name: str) -> bool:
+def _is_small(name: str) -> bool:
     if name.startswith(".") or name in _NOT_CARRIED:
         return False
     return PurePath(name.removesuffix(".index.json")).suffix not in _WEIGHT_SUFFIXES

@@ -457,14 +457,12 @@ def test_no_adapter(box: Sandbox) -> None:
     assert "hf download" not in result.err
 
 
-def test_hub_names(box: Sandbox) -> None:
+def test_hub_names(box: Sandbox, offline: None) -> None:
     def merge(adapter: object, base: object) -> Callable[[], Result]:
         return lambda: box.run("merge", adapter, "-b", base, "-o", box.out)
 
-    words = ("there is no adapter at me/dora", "hf download me/dora --local-dir dora")
-    box.refuses(3, *words, run=merge("me/dora", box.base))
-    words = ("there is no base model at me/llama", "hf download me/llama --local-dir llama")
-    box.refuses(3, *words, run=merge(box.adapter, "me/llama"))
+    box.refuses(6, "me/dora is not in the cache", "HF_HUB_OFFLINE", run=merge("me/dora", box.base))
+    box.refuses(6, "me/llama is not in the cache", run=merge(box.adapter, "me/llama"))
 
 
 def test_adapter_and_base_exchanged(box: Sandbox) -> None:
@@ -477,7 +475,7 @@ def test_adapter_as_base(box: Sandbox) -> None:
     box.refused(3, "there is no base model in adapter", "give the model that it was trained on")
 
 
-def test_adapter_does_not_name_its_base(box: Sandbox) -> None:
+def test_adapter_does_not_name_its_base(box: Sandbox, offline: None) -> None:
     box.configure(box.adapter, base_model_name_or_path=None)
 
     def merge() -> Result:
@@ -485,7 +483,9 @@ def test_adapter_does_not_name_its_base(box: Sandbox) -> None:
 
     box.refuses(3, "does not name its base", "--base", run=merge)
     box.configure(box.adapter, base_model_name_or_path="someone/some-model")
-    box.refuses(3, "trained on someone/some-model", "--base", run=merge)
+    box.refuses(6, "someone/some-model is not in the cache", run=merge)
+    box.configure(box.adapter, base_model_name_or_path="/home/them/model")
+    box.refuses(3, "trained on /home/them/model", "--base", run=merge)
     box.configure(box.adapter, base_model_name_or_path=str(box.base))
     assert merge().code == 0
 

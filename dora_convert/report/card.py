@@ -1,0 +1,142 @@
+"""The model card of an output: metadata that the Hub reads, and what a person wants to know."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["CardFacts", "model_card"]
+
+_BEGIN, _END = "<!-- dora-convert: begin -->", "<!-- dora-convert: end -->"
+_NO_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null"})  # in YAML 1.1
+_FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*\r?\n?", re.DOTALL | re.MULTILINE)
+_SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n?", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What is known of an output.
+
+    `base_model` is its name on the Hub, never a folder; `license` what its card says of that, by
+    the card's keys. `adapter` is the config of an adapter, PEFT's or another, and None for a
+    checkpoint; `scheme` is what a checkpoint's weights are quantised with.
+    """
+
+    repo: str
+    base_model: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, object] | None = None
+    scheme: str | None = None
+    architecture: str | None = None
+
+
+def model_card(facts: CardFacts, existing: str | None = None) -> str:
+    """The text of README.md. Of a card that exists nothing is changed, but what is missing added.
+
+    The same facts give the same text; made once more from itself it stays as it is.
+    """
+    existing = existing or ""
+    found = _FRONT.match(existing)
+    front = found[1] if found is not None else ""
+    body = existing[found.end() :] if found is not None else existing
+    known = set(re.findall(r"^([A-Za-z_][\w-]*)[ \t]*:", front, re.MULTILINE))
+    if "license" in known:  # the name and the link go with it
+        known |= facts.license.keys()
+    front += "".join(
+        f"{key}: {_yaml(value)}\n" for key, value in _metadata(facts).items() if key not in known
+    )
+    section = f"{_BEGIN}\n{_section(facts)}\n{_END}\n"
+    if _SECTION.search(body):
+        body = _SECTION.sub(lambda _: section, body, count=1)
+    elif body.strip():
+        body = f"{body.rstrip()}\n\n{section}"
+    else:
+        body = f"\n# {facts.repo.split('/')[-1]}\n\n{section}"
+    return f"---\n{front}---\n{body}"
+
+
+def _yaml(value: str | list[str]) -> str:
+    """JSON is YAML; plain words need no quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(_yaml(item) for item in value)}]"
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _NO_TEXT
+    return value if plain else json.dumps(value)
+
+
+def _metadata(facts: CardFacts) -> dict[str, str | list[str]]:
+    found: dict[str, str | list[str]] = {}
+    if facts.base_model is not None:
+        found["base_model"] = facts.base_model
+        found["base_model_relation"] = _relation(facts)
+    tags = ["dora-convert"]
+    if facts.adapter is None:
+        found["library_name"] = "transformers"
+        tags += ["dora", "merged", *([facts.scheme] if facts.scheme else [])]
+    elif _is_peft(facts.adapter):
+        found["library_name"] = "peft"
+        tags += ["dora"] if facts.adapter.get("use_dora") else ["lora"]
+    found["tags"] = tags
+    found |= facts.license
+    if (facts.architecture or "").endswith("ForCausalLM"):
+        found["pipeline_tag"] = "text-generation"
+    return found
+
+
+def _is_peft(adapter: Mapping[str, object]) -> bool:
+    return "peft_type" in adapter
+
+
+def _relation(facts: CardFacts) -> str:
+    if facts.adapter is not None:
+        return "adapter"
+    return "quantized" if facts.scheme else "finetune"
+
+
+def _section(facts: CardFacts) -> str:
+    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    of = base if facts.base_model is not None else "its base model"
+    if facts.adapter is None:
+        stored = f", with weights stored as {facts.scheme}" if facts.scheme else ""
+        text = f"A DoRA adapter merged into {of}{stored}: a checkpoint that loads as the base does."
+        return f"{text}\n\n{_loading(_merged_code(facts), f'vllm serve {facts.repo}')}"
+    if not _is_peft(facts.adapter):
+        return f"An adapter of {of}, in its trainer's own layout."
+    kind = "DoRA" if facts.adapter.get("use_dora") else "LoRA"
+    lines = [f"A {kind} adapter of {of}.", "", "| | |", "| --- | --- |"]
+    for name, key in (("rank", "r"), ("alpha", "lora_alpha"), ("task", "task_type")):
+        if isinstance(facts.adapter.get(key), int | float | str):
+            lines.append(f"| {name} | {facts.adapter[key]} |")
+    modules = facts.adapter.get("target_modules")
+    if isinstance(modules, list) and len(modules) <= 16:
+        lines.append(f"| modules | {', '.join(sorted(map(str, modules)))} |")
+    command = ""
+    if kind == "LoRA" and facts.base_model is not None:
+        name = facts.repo.split("/")[-1]
+        command = f"vllm serve {facts.base_model} --enable-lora --lora-modules {name}={facts.repo}"
+    return "\n".join([*lines, "", _loading(_adapter_code(facts), command)])
+
+
+def _loading(code: str, command: str) -> str:
+    text = f"```python\n{code}\n```"
+    return text + (f"\n\n```console\n$ {command}\n```" if command else "")
+
+
+def _auto_class(facts: CardFacts) -> str:
+    causal = facts.architecture is None or facts.architecture.endswith("ForCausalLM")
+    return "AutoModelForCausalLM" if causal else "AutoModel"
+
+
+def _merged_code(facts: CardFacts) -> str:
+    auto = _auto_class(facts)
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{facts.repo}")'
+
+
+def _adapter_code(facts: CardFacts) -> str:
+    auto, base = _auto_class(facts), facts.base_model or "BASE"
+    return (
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f'base = {auto}.from_pretrained("{base}")\n'
+        f'model = PeftModel.from_pretrained(base, "{facts.repo}")'
+    )

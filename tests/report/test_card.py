@@ -1,0 +1,146 @@
+"""Cards, as the Hub's own parser reads them."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dora_convert.report.card import CardFacts, model_card
+
+LORA = {
+    "peft_type": "LORA",
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["v_proj", "q_proj"],
+    "task_type": "CAUSAL_LM",
+}
+MERGED = CardFacts(
+    repo="me/merged",
+    base_model="org/base",
+    license={"license": "apache-2.0"},
+    architecture="LlamaForCausalLM",
+)
+CASES = {
+    "merged": (
+        MERGED,
+        {
+            "base_model": "org/base",
+            "base_model_relation": "finetune",
+            "library_name": "transformers",
+            "tags": ["dora-convert", "dora", "merged"],
+            "license": "apache-2.0",
+            "pipeline_tag": "text-generation",
+        },
+    ),
+    "quantised": (
+        CardFacts(repo="me/q", base_model="org/base", scheme="gptq", architecture="BertModel"),
+        {
+            "base_model": "org/base",
+            "base_model_relation": "quantized",
+            "library_name": "transformers",
+            "tags": ["dora-convert", "dora", "merged", "gptq"],
+        },
+    ),
+    "lora": (
+        CardFacts(repo="me/lora", base_model="org/base", adapter=LORA),
+        {
+            "base_model": "org/base",
+            "base_model_relation": "adapter",
+            "library_name": "peft",
+            "tags": ["dora-convert", "lora"],
+        },
+    ),
+    "another trainer's": (
+        CardFacts(repo="me/mlx", base_model="org/base", adapter={"lora_parameters": {}}),
+        {"base_model": "org/base", "base_model_relation": "adapter", "tags": ["dora-convert"]},
+    ),
+    "dora of an unknown base": (
+        CardFacts(repo="me/dora", adapter={**LORA, "use_dora": True}),
+        {"library_name": "peft", "tags": ["dora-convert", "dora"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metadata(name: str) -> None:
+    facts, expected = CASES[name]
+    card = ModelCard(model_card(facts))
+    assert card.data.to_dict() == expected
+    assert card.text.strip().startswith(f"# {facts.repo.split('/')[1]}\n")
+    assert (f'"{facts.repo}"' in card.text) == ("library_name" in expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_card_made_from_itself_stays_as_it_is(name: str) -> None:
+    facts, _ = CASES[name]
+    first = model_card(facts)
+    assert model_card(facts, first) == first
+
+
+def test_a_licence_of_its_own_name() -> None:
+    terms = {"license": "other", "license_name": "gem", "license_link": "https://x.org/a?b#c"}
+    facts = CardFacts(repo="me/x", license=terms)
+    data = ModelCard(model_card(facts)).data.to_dict()
+    assert terms.items() <= data.items()
+    data = ModelCard(model_card(facts, "---\nlicense: mit\n---\n")).data.to_dict()
+    assert data["license"] == "mit"
+    assert not {"license_name", "license_link"} & data.keys()
+
+
+def test_what_a_lora_is() -> None:
+    text = model_card(CASES["lora"][0])
+    assert "| rank | 16 |" in text
+    assert "| alpha | 32 |" in text
+    assert "| modules | q_proj, v_proj |" in text
+    assert "--lora-modules lora=me/lora" in text
+    assert "--lora-modules" not in model_card(CASES["dora of an unknown base"][0])  # vLLM has none
+
+
+OWN = """---
+license: other
+license_name: mine
+language:
+- de
+# a comment
+tags: [chat]
+---
+# My model
+
+About it.
+"""
+
+
+def test_an_existing_card_is_kept() -> None:
+    text = model_card(MERGED, OWN)
+    head, body = OWN.removesuffix("\n").split("\n---\n")
+    assert text.startswith(head + "\n")
+    assert body in text
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "other"
+    assert data["tags"] == ["chat"]
+    assert data["base_model"] == "org/base"
+    assert model_card(MERGED, text) == text
+
+
+@pytest.mark.parametrize("own", ["# Title\n\nText", "Text\n\n---\n\nmore\n", ""])
+def test_a_card_without_metadata(own: str) -> None:
+    text = model_card(MERGED, own)
+    assert ModelCard(text).data.base_model == "org/base"
+    assert own.strip() in text
+
+
+def test_the_part_of_ours_is_brought_up_to_date() -> None:
+    old = model_card(MERGED, OWN) + "\nAfterwards.\n"
+    new = model_card(CardFacts(repo="me/other", base_model="org/base"), old)
+    assert "me/other" in new
+    assert "me/merged" not in new
+    assert "Afterwards." in new
+    assert new.count("dora-convert: begin") == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["1.0", "yes: no", 'a "b"', "null", "- x", "#x", "a\nb", "no", "On"]
+)
+def test_odd_values_stay_text(value: str) -> None:
+    card = ModelCard(model_card(CardFacts(repo="me/x", base_model=value)))
+    assert card.data.base_model == value
