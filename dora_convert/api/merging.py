@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_convert.api.bases import open_base
-from dora_convert.api.reading import ReadOptions, checked, named_base, read_adapter, worker_count
+from dora_convert.api.reading import (
+    ReadOptions,
+    adapter_place,
+    checked,
+    named_base,
+    read_adapter,
+    worker_count,
+)
 from dora_convert.api.settling import settled
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.plan import Copy, Job, Merge, Plan, Quantise
-from dora_convert.core.reports import MergeReport, Verification
+from dora_convert.core.reports import MergeReport, Survival, Verification
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, VerificationError
 from dora_convert.planning.planner import plan_merge
@@ -35,7 +42,8 @@ class MergeOptions:
     bytes; by default the base's own shards. `workers`: threads, by default one a core.
     `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them. `samples`: rows and
     modules that are recomputed afterwards, None for all, 0 for none. `quantize`: the scheme of
-    `quant` to store weights in, but for the modules that match a glob of `keep_dense`.
+    `quant` to store weights in, but for the modules that match a glob of `keep_dense`;
+    `min_survival`: the share of each module's update that it must keep.
     """
 
     dtype: DType | None = None
@@ -47,6 +55,7 @@ class MergeOptions:
     samples: int | None = 16
     quantize: str | None = None
     keep_dense: Sequence[str] = ()
+    min_survival: float | None = None
 
 
 class Silent:
@@ -78,12 +87,16 @@ def merge(
     """
     options, how = options or ReadOptions(), how or MergeOptions()
     begun = time.perf_counter()
-    found = read_adapter(adapter, options)
+    if how.min_survival is not None and (how.quantize is None or how.dry_run):
+        raise InputError("min_survival is measured while a quantised result is written")
+    place = adapter_place(adapter, options)
+    found = read_adapter(place, options)
     base = base or named_base(found)
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
     checkpoint = open_base(base, options)
     found = settled(found, checkpoint, transposed=options.transposed)
-    own = own_files(adapter, base) if adapter.is_dir() and base.is_dir() else {}
+    # A base that is one file carries nothing along; one on the Hub is a folder in the cache.
+    own = own_files(place, checkpoint.root) if place.is_dir() and not base.is_file() else {}
     proposal = plan_merge(
         found,
         checkpoint,
@@ -96,15 +109,28 @@ def merge(
     notes = checked(proposal, found, adapter, base)
     if own:
         notes.append(f"the adapter's own files are used: {', '.join(sorted(own))}")
+    if options.trained_on is not None:
+        notes.append(
+            f"the base's linear layers are taken as {options.trained_on} gives them back, as the "
+            "adapter met them in training"
+        )
     plan = replace(proposal.plan, notes=(*proposal.plan.notes, *notes))
     seconds = {"plan": time.perf_counter() - begun}
-    verification = None
+    written = _Written()
     if how.dry_run:
         _check_rows(plan, how)
     else:
-        verification = _write(plan, output, how, listener or Silent(), seconds)
+        written = _write(plan, output, how, listener or Silent(), seconds)
     seconds["total"] = time.perf_counter() - begun
-    return _report(plan, found, adapter, base, output, seconds, verification)
+    return _report(plan, found, adapter, base, output, seconds, written)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What was found out about the result."""
+
+    verification: Verification | None = None
+    survival: Survival | None = None
 
 
 def _scheme(how: MergeOptions) -> Scheme | None:
@@ -133,7 +159,7 @@ def _check_rows(plan: Plan, how: MergeOptions) -> None:
 
 def _write(
     plan: Plan, output: Path, how: MergeOptions, listener: Listener, seconds: dict[str, float]
-) -> Verification | None:
+) -> _Written:
     """Run the plan beside `output`, check the result, and let it appear."""
     from dora_convert.execution.run import run
 
@@ -141,21 +167,35 @@ def _write(
     nbytes = plan.nbytes + documents_size(plan.documents)
     verification = None
     with Staging(output, nbytes=nbytes, overwrite=how.overwrite) as staging:
-        times = run(
+        result = run(
             plan,
             staging.dir,
             workers=workers,
             listener=listener,
             keep_zero_rows=how.keep_zero_rows,
         )
+        seconds |= {"merge": result.merge, "sync": result.sync}
+        if how.min_survival is not None and result.survival is not None:
+            _check_survival(result.survival, how.min_survival)
         write_documents(plan.documents, staging.dir)
-        seconds |= {"merge": times.merge, "sync": times.sync}
         if how.samples != 0:
             begun = time.perf_counter()
             verification = _verified(plan, staging.dir, samples=how.samples, workers=workers)
             seconds["verify"] = time.perf_counter() - begun
         staging.publish()
-    return verification
+    return _Written(verification, result.survival)
+
+
+def _check_survival(survival: Survival, least: float) -> None:
+    """Raise VerificationError for modules of whose update too little is left."""
+    lost = {path: f.kept for path, f in survival.modules.items() if f.kept < least}
+    if lost:
+        raise VerificationError(
+            f"{survival.scheme} keeps less than {least:.0%} of the update of {len(lost)} of "
+            f"{len(survival.modules)} modules; the result was discarded",
+            problems=[f"{path}: {kept:.1%} kept" for path, kept in sorted(lost.items())],
+            hint="Merge into the 16-bit original of the base, or choose a scheme of more bits.",
+        )
 
 
 def _verified(plan: Plan, folder: Path, *, samples: int | None, workers: int) -> Verification:
@@ -183,7 +223,7 @@ def _report(
     base: Path,
     output: Path,
     seconds: dict[str, float],
-    verification: Verification | None,
+    written: _Written,
 ) -> MergeReport:
     merged = sum(_is_merged(job) for job in plan.jobs)
     untouched = sum(
@@ -206,6 +246,7 @@ def _report(
         files=tuple(sorted(files)),
         notes=plan.notes,
         seconds=seconds,
-        verification=verification,
+        verification=written.verification,
         dry_run="merge" not in seconds,
+        survival=written.survival,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.quantized import QuantizedWeight, Window
-from dora_convert.core.tensors import TensorSpec
+from dora_convert.core.tensors import DType, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +107,12 @@ class Quantizer(Dequantizer, Protocol):
     One weight: `layout`; for every block `quantize`, in any order; then `constants`. Where
     `surveys`, every block is shown to `survey` as well, and `gather` makes one statistic of all
     that came out, in row order. Where `two_pass`, `quantize` needs it, hence before any block.
+    `returns` is the type that the scheme's library decodes to, None for the weight's own.
     """
 
     surveys: bool
     two_pass: bool
+    returns: DType | None
 
     def takes(self, dense: TensorSpec) -> bool:
         """Whether the scheme's convention quantises a tensor of this name and rank."""

@@ -11,6 +11,8 @@ __all__ = [
     "Inspection",
     "MergeReport",
     "Rounding",
+    "Survival",
+    "SurvivalFigures",
     "Verification",
 ]
 
@@ -97,8 +99,40 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True)
+class SurvivalFigures:
+    """What a quantised result is to the update T = W' - W, with Q quantisation and decoding.
+
+    `kept`: the share of T in Q(W') - W, by projection onto T. `noise`: ||Q(W') - W'|| / ||T||, all
+    that is not as it should be; it is 1 where the result is the base again. `plain_noise` is that
+    of the scheme alone, ||Q(W) - W|| / ||T||: what is lost without any adapter. `error` and
+    `plain_error` are the same two numbers relative to ||W'|| and ||W||. `codes_changed`: the share
+    of codes of Q(W') that are not those of Q(W). All over a part of each module's rows: the first
+    block, and every eighth.
+    """
+
+    kept: float
+    noise: float
+    plain_noise: float
+    error: float
+    plain_error: float
+    codes_changed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """How much of the adapter a quantised merge holds, in all and by module path."""
+
+    scheme: str
+    total: SurvivalFigures
+    modules: dict[str, SurvivalFigures]
+
+
+@dataclass(frozen=True, slots=True)
 class MergeReport:
-    """A finished (or, for a dry run, planned) merge. Sizes in bytes, times in seconds."""
+    """A finished (or, for a dry run, planned) merge. Sizes in bytes, times in seconds.
+
+    `survival` is None where nothing was stored in a quantisation scheme.
+    """
 
     output: str
     adapter: str
@@ -114,6 +148,7 @@ class MergeReport:
     seconds: dict[str, float]
     verification: Verification | None
     dry_run: bool
+    survival: Survival | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,13 +125,16 @@ class Pickled:
 class Encoded:
     """A matrix in a quantisation scheme; `parts` are its stored tensors by role.
 
-    `rest` are tensors that lie beside them and are not needed to decode it, such as its shape.
+    `rest` are tensors that lie beside them and are not needed to decode it, such as its shape. If
+    `rounded`, nothing is quantised: the parts are the dense matrix itself, and reading it gives
+    what would come back if it were.
     """
 
     scheme: str
     weight: QuantizedWeight
     parts: Mapping[str, TensorRef]
     rest: tuple[TensorRef, ...] = ()
+    rounded: bool = False
 
 
 Source: TypeAlias = Slice | Pickled | Encoded

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,21 +11,86 @@ import torch
 
 from dora_convert import quant
 from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.core.protocols import Dequantizer, Quantizer
 from dora_convert.core.quantized import QuantizedWeight
 from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.reader import Reader
 
-__all__ = ["decoded", "open_reader"]
+__all__ = ["as_trained", "decoded", "open_reader"]
 
 # What configs declare a quantisation in, and files that tools read instead of config.json.
 _KEYS = ("quantization_config", "compression_config", "quantization")
+_RECENT = 16  # weights whose numbers are kept
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def open_reader() -> Reader:
     """A reader that decodes what lies in any scheme of `quant`."""
-    return Reader(quant.quantizers.get)
+    return Reader(_Decoders())
+
+
+class _Decoders:
+    """Of a weight that is rounded as it is read, all units share what is known of the whole."""
+
+    def __init__(self) -> None:
+        self._recent: dict[str, Dequantizer] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, source: Encoded) -> Dequantizer:
+        if not source.rounded:
+            return quant.decoder(source)
+        name = source.weight.dense.name
+        with self._lock:
+            if name not in self._recent:
+                self._recent[name] = quant.decoder(source)
+            while len(self._recent) > _RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            return self._recent[name]
+
+
+def as_trained(
+    checkpoint: Checkpoint, scheme: str, *, transposed: Callable[[str], bool]
+) -> Checkpoint:
+    """The dense checkpoint with each weight that the scheme takes as it comes back from it.
+
+    `transposed` tells the paths of modules whose weight is stored `[in, out]`. Raises InputError
+    for a base that is quantised itself, and for a scheme that no adapter is trained on.
+    """
+    quantizer = quant.writable(scheme)
+    if checkpoint.schemes:
+        raise InputError(
+            f"the base is quantised itself ({', '.join(checkpoint.schemes)}), so that it is known "
+            "what the adapter was trained on",
+            where=str(checkpoint.root),
+            hint="Leave --trained-on out, or give the 16-bit original with --base.",
+        )
+    if quantizer.two_pass:
+        raise InputError(
+            f"{quantizer.title} shares scales between layers and is for serving, not for training"
+        )
+    tensors = {
+        name: _rounded(ref, scheme, quantizer, flip=transposed(name.removesuffix(".weight")))
+        if quantizer.takes(ref.spec)
+        else ref
+        for name, ref in checkpoint.tensors.items()
+    }
+    if not any(isinstance(ref.source, Encoded) for ref in tensors.values()):
+        raise InputError(
+            f"the base has no weight that {quantizer.title} would quantise",
+            where=str(checkpoint.root),
+        )
+    return replace(checkpoint, tensors=tensors)
+
+
+def _rounded(ref: TensorRef, scheme: str, quantizer: Quantizer, *, flip: bool) -> TensorRef:
+    """Quantised `[out, in]` always, as transformers does with layers that are stored otherwise."""
+    dense = ref.permuted(1, 0) if flip else ref
+    quantizer.layout(dense.spec)  # refuses what it cannot hold
+    weight = QuantizedWeight(dense.spec, {quant.DENSE: dense.spec})
+    source = Encoded(scheme, weight, {quant.DENSE: dense, quant.WHOLE: dense}, rounded=True)
+    rounded = TensorRef(dense.spec, source, dense.spec)
+    return rounded.permuted(1, 0) if flip else rounded
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
@@ -47,6 +113,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     for scheme in schemes:
         found = quant.quantizers.get(scheme).find(checkpoint.config, specs, load)
         weights |= {name: (scheme, weight) for name, weight in found.items()}
+    if not weights:
+        raise InputError(
+            f"the base's config says that it is quantised ({', '.join(schemes)}), "
+            "but none of its tensors is",
+            where=str(checkpoint.root / "config.json"),
+            hint="If the weights are dense, delete that entry from the config.",
+        )
     beside = _beside({name: weight for name, (_, weight) in weights.items()}, checkpoint)
     dense = {
         name: _reference(scheme, weight, beside.get(name, []), checkpoint)

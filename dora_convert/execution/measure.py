@@ -12,6 +12,7 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Piece, Plan
 from dora_convert.core.reports import Figures
 from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.kernels import Operands, figure_dtype
 from dora_convert.execution.threads import in_threads
 from dora_convert.maths.compare import ModuleSums, block_sums
@@ -29,7 +30,7 @@ _ALL = slice(None)
 
 def module_sums(plan: Plan, *, workers: int) -> dict[str, ModuleSums]:
     """Sums by module path, for every module that the plan merges."""
-    reader = Reader()
+    reader = open_reader()
     work = [
         (job.op.base, piece, _rounding(job.output.dtype))
         for job in plan.jobs

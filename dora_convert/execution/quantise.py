@@ -11,8 +11,10 @@ from dora_convert import quant
 from dora_convert.core.plan import Quantise
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.kernels import Input, Output, merged_rows
+from dora_convert.execution.survival import Meter
 from dora_convert.execution.units import Unit
 from dora_convert.maths.dora import RowFaults
+from dora_convert.maths.survival import SurvivalSums
 from dora_convert.storage.dtypes import TORCH
 
 __all__ = ["gather_statistics", "is_surveyed", "quantise_unit", "survey_unit"]
@@ -54,28 +56,41 @@ def gather_statistics(
     return {name: gathered[key] for name, key in members.items()}
 
 
-def quantise_unit(unit: Unit, out: Output, statistics: Mapping[str, Tensor]) -> RowFaults:
-    """Write the unit's rows, with the first also what belongs to no row."""
+def quantise_unit(
+    unit: Unit, out: Output, statistics: Mapping[str, Tensor]
+) -> tuple[RowFaults, dict[str, SurvivalSums]]:
+    """Write the unit's rows, with the first also what belongs to no row.
+
+    Returns the rows whose result is undefined, and what is kept of every module's update.
+    """
     op = unit.job.op
     assert isinstance(op, Quantise)
     scheme, weight = quant.writable(op.scheme), op.weight
     statistic = statistics.get(unit.job.output.name)
+    constants = scheme.constants(weight, statistic)
     faults = RowFaults()
+    meter = Meter(op, constants, statistic)
     multiple = scheme.row_multiple(weight)
-    for start, stop, rows, fault in merged_rows(unit, op.base, op.pieces, out, multiple=multiple):
-        faults += fault
-        parts = scheme.quantize(
-            weight, _as_quantised(op, rows), statistic if scheme.two_pass else None
-        )
-        windows = scheme.windows(weight, start, stop)
-        for role, tensor in parts.items():
-            window = windows[role]
-            assert window is not None
-            _write(out, weight.parts[role], window.start, tensor)
+    blocks = merged_rows(unit, op.base, op.pieces, out, multiple=multiple)
+    with out.reader.rows(op.base) as base:
+        for i, (start, stop, rows, fault) in enumerate(blocks):
+            faults += fault
+            parts = scheme.quantize(
+                weight, _as_quantised(op, rows), statistic if scheme.two_pass else None
+            )
+            windows = scheme.windows(weight, start, stop)
+            for role, tensor in parts.items():
+                window = windows[role]
+                assert window is not None
+                _write(out, weight.parts[role], window.start, tensor)
+            if meter.wants(i, start, stop):
+                # Read once more: where the block was, the merged one is now.
+                raw = out.buffers.take("base", op.base.spec.row_bytes * (stop - start))
+                meter.add(start, base.read(start, stop, raw).to(rows.dtype), rows, parts)
     if unit.start == 0:
-        for role, tensor in scheme.constants(weight, statistic).items():
+        for role, tensor in constants.items():
             _write(out, weight.parts[role], 0, tensor)
-    return faults
+    return faults, meter.sums
 
 
 def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:

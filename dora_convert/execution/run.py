@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_convert.core.plan import Merge, Plan, Quantise
 from dora_convert.core.protocols import Listener
+from dora_convert.core.reports import Survival
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.kernels import Buffers, Input, Output, run_unit, sum_columns
@@ -23,21 +24,27 @@ from dora_convert.execution.quantise import (
     quantise_unit,
     survey_unit,
 )
+from dora_convert.execution.survival import survival
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass, units
 from dora_convert.maths.dora import RowFaults, column_factors
+from dora_convert.maths.survival import SurvivalSums
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["RunTimes", "run"]
+__all__ = ["RunResult", "run"]
 
 
 @dataclass(frozen=True, slots=True)
-class RunTimes:
-    """Seconds until all bytes were handed to the system, and until they were on the disk."""
+class RunResult:
+    """Seconds until all bytes were handed to the system, and until they were on the disk.
+
+    `survival`: what a quantised result keeps of the updates.
+    """
 
     merge: float
     sync: float
+    survival: Survival | None
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ def run(
     workers: int,
     listener: Listener,
     keep_zero_rows: bool = False,
-) -> RunTimes:
+) -> RunResult:
     """Write every shard of the plan into `folder`, each fsynced as soon as it is complete.
 
     Raises MismatchError, once all is seen, for rows whose result is undefined; `keep_zero_rows`
@@ -84,14 +91,19 @@ def run(
     listener.started(plan.nbytes)
     factors = _measure(this, [unit for unit in work if is_two_pass(unit.job)])
     statistics = _survey(this, [unit for unit in work if is_surveyed(unit)], factors)
-    merged = _write(this, work, factors, statistics)
+    merged, measured = _write(this, work, factors, statistics)
     raise_faults(
         this.faults.found,
         "the merged weights are not defined everywhere; nothing was written",
         keep_zero_rows=keep_zero_rows,
         hint="--zero-rows keep leaves rows of zeros as they are.",
     )
-    return RunTimes(merge=merged - begun, sync=time.perf_counter() - merged)
+    scheme = next((u.job.op.scheme for u in work if isinstance(u.job.op, Quantise)), "")
+    return RunResult(
+        merge=merged - begun,
+        sync=time.perf_counter() - merged,
+        survival=survival(scheme, measured),
+    )
 
 
 def _measure(this: _Run, work: Sequence[Unit]) -> dict[str, Tensor]:
@@ -177,16 +189,23 @@ def _write(
     work: Sequence[Unit],
     factors: Mapping[str, Tensor],
     statistics: Mapping[str, Tensor],
-) -> float:
-    """All units; returns the time at which the last byte was handed to the system."""
+) -> tuple[float, list[dict[str, SurvivalSums]]]:
+    """All units; returns the time at which the last byte was handed to the system.
+
+    And, in the order of the units, what those that are quantised keep of the updates.
+    """
     shards = _Shards(this.plan, work, this.folder)
     sealer = _Sealer(this.listener)
     buffers = _PerThread()
+    measured: dict[int, dict[str, SurvivalSums]] = {}
 
-    def write(unit: Unit) -> None:
+    def write(item: tuple[int, Unit]) -> None:
+        index, unit = item
         output = Output(this.reader, buffers.own, factors, shards.writer(unit.shard))
-        quantised = isinstance(unit.job.op, Quantise)
-        found = quantise_unit(unit, output, statistics) if quantised else run_unit(unit, output)
+        if isinstance(unit.job.op, Quantise):
+            found, measured[index] = quantise_unit(unit, output, statistics)
+        else:
+            found = run_unit(unit, output)
         this.faults.add(unit.job.output.name, found)
         this.listener.advanced(unit.nbytes)
         complete = shards.done(unit.shard)
@@ -194,7 +213,7 @@ def _write(
             sealer.put(complete)
 
     try:
-        in_threads(work, write, this.workers)
+        in_threads(list(enumerate(work)), write, this.workers)
         for writer in shards.empty():
             sealer.put(writer)
         merged = time.perf_counter()
@@ -204,7 +223,7 @@ def _write(
     finally:
         shards.close()
     sealer.finish()
-    return merged
+    return merged, [measured[index] for index in sorted(measured)]
 
 
 class _Sealer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,10 +51,10 @@ def _unpickled(source: Pickled) -> Tensor:
 
 def source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
     """Rows of a plan's source as a matrix; float32 where they are decoded."""
-    if isinstance(ref.source, Encoded):
-        return torch.cat([_decoded(ref.source, *run) for run in _runs(rows)])
     if not ref.is_contiguous:
         return _viewed(ref).reshape(ref.spec.shape[0], -1)[list(rows)]
+    if isinstance(ref.source, Encoded):
+        return torch.cat([_decoded(ref.source, *run) for run in _runs(rows)])
     if isinstance(ref.source, Pickled):
         stored = _unpickled(ref.source)
         return stored.reshape(ref.spec.shape[0], -1)[list(rows)]
@@ -100,14 +99,16 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 def _decoded(source: Encoded, start: int, stop: int) -> Tensor:
     """The scheme's own arithmetic; what it is given was read by another reader."""
-    scheme = quant.quantizers.get(source.scheme)
+    scheme = quant.decoder(source)
     windows = scheme.windows(source.weight, start, stop)
     parts = {role: _part(source.parts[role], window) for role, window in windows.items()}
     return scheme.dequantize(source.weight, parts, start, stop)
 
 
 def _part(ref: TensorRef, window: Window | None) -> Tensor:
-    assert isinstance(ref.source, Slice)
+    if not isinstance(ref.source, Slice) or ref.view:
+        seen = _viewed(ref)
+        return seen if window is None else seen.narrow(0, window.start, window.stop - window.start)
     with safe_open(ref.source.file, framework="pt") as handle:
         stored = handle.get_slice(ref.stored.name)
         as_seen = tuple(stored.get_shape()) == ref.spec.shape
@@ -134,8 +135,4 @@ def stored_rows(
 
 def requantised(scheme: Quantizer, dense: TensorSpec, rows: Tensor) -> Tensor:
     """What some rows become when they are stored in the scheme as a weight of their own."""
-    weight = scheme.layout(replace(dense, shape=tuple(rows.shape)))
-    statistic = scheme.gather([scheme.survey(rows)]) if scheme.surveys else None
-    parts = dict(scheme.quantize(weight, rows, statistic if scheme.two_pass else None))
-    parts |= scheme.constants(weight, statistic)
-    return scheme.dequantize(weight, parts, 0, len(rows)).double()
+    return quant.rounded_alone(scheme, dense, rows)[1].double()

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from dora_convert.core.bundle import Json
 from dora_convert.core.protocols import Dequantizer, Quantizer
+from dora_convert.core.tensors import Encoded
 from dora_convert.errors import InputError
+from dora_convert.quant._rounding import DENSE, WHOLE, decoded_block, rounded_alone
 from dora_convert.registry import Registry
 
-__all__ = ["detect", "quantizers", "writable"]
+__all__ = [
+    "DENSE",
+    "WHOLE",
+    "decoded_block",
+    "decoder",
+    "detect",
+    "quantizers",
+    "rounded_alone",
+    "writable",
+]
 
 quantizers: Registry[Dequantizer] = Registry("dora_convert.quant", "QUANTIZER")
 
@@ -40,3 +51,13 @@ def writable(name: str) -> Quantizer:
         hint="Its gain lies in calibration data or in a runtime of its own; "
         "w4a16 and nf4 are the 4-bit schemes that can be written without.",
     )
+
+
+def decoder(source: Encoded) -> Dequantizer:
+    """What turns the parts of this one tensor into rows; it may remember things about it."""
+    if source.rounded:
+        # Listing the schemes needs no torch.
+        from dora_convert.quant._round_trip import RoundTrip  # noqa: PLC0415
+
+        return RoundTrip(writable(source.scheme))
+    return quantizers.get(source.scheme)

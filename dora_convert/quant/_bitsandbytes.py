@@ -277,6 +277,9 @@ def _state(text: bytes) -> dict[str, Any] | None:
 
 def _library() -> Any:
     try:
+        # The whole package first: another thread may be half-way through it, with `functional`
+        # there already and the operators for this processor not yet.
+        importlib.import_module("bitsandbytes")
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:
         raise InputError(

@@ -23,6 +23,7 @@ class SinglePass:
 
     surveys = False
     two_pass = False
+    returns: DType | None = None
 
     def takes(self, dense: TensorSpec) -> bool:
         """See `Quantizer.takes`."""

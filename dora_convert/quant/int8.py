@@ -30,6 +30,7 @@ class RowInt8(SinglePass):
     """The peak stands for 127."""
 
     title = "bitsandbytes int8 (LLM.int8())"
+    returns = DType.F32
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""

@@ -97,17 +97,20 @@ class DecodedBlocks(RowBlocks):
 class Reader:
     """Opens each pickle once; everything else is opened where it is read. Safe for threads.
 
-    `schemes` gives the decoder of a quantised tensor by the scheme's name.
+    `decoder` gives what decodes a quantised tensor.
     """
 
-    def __init__(self, schemes: Callable[[str], Dequantizer] | None = None) -> None:
-        self._schemes = schemes
+    def __init__(self, decoder: Callable[[Encoded], Dequantizer] | None = None) -> None:
+        self._decoder = decoder
         self._pickles: dict[Path, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
     def load(self, ref: TensorRef) -> Tensor:
         """The whole tensor, its view applied, in its stored element type."""
-        return _turned(self._stored(ref), ref.view)
+        stored = self._stored(ref)
+        if isinstance(ref.source, Encoded):
+            stored = stored.to(TORCH[ref.stored.dtype])
+        return _turned(stored, ref.view)
 
     def load_rows(self, ref: TensorRef, start: int, stop: int) -> Tensor:
         """Rows `start:stop` of a matrix, reading those alone where its view allows."""
@@ -128,18 +131,18 @@ class Reader:
             with opened(ref.source.file) as (fd, _):
                 yield RowBlocks(ref, fd, None)
         elif isinstance(ref.source, Encoded) and ref.is_contiguous:
-            yield DecodedBlocks(ref, self, self._scheme(ref.source))
+            yield DecodedBlocks(ref, self, self._decoder_of(ref.source))
         else:
-            yield RowBlocks(ref, None, self.load(ref))
+            yield RowBlocks(ref, None, _turned(self._stored(ref), ref.view))
 
-    def _scheme(self, source: Encoded) -> Dequantizer:
-        assert self._schemes is not None, source
-        return self._schemes(source.scheme)
+    def _decoder_of(self, source: Encoded) -> Dequantizer:
+        assert self._decoder is not None, source
+        return self._decoder(source)
 
     def _stored(self, ref: TensorRef) -> Tensor:
         if isinstance(ref.source, Encoded):
-            blocks = DecodedBlocks(ref, self, self._scheme(ref.source))
-            return blocks.read(0, ref.stored.shape[0], torch.empty(0)).to(TORCH[ref.stored.dtype])
+            blocks = DecodedBlocks(ref, self, self._decoder_of(ref.source))
+            return blocks.read(0, ref.stored.shape[0], torch.empty(0))
         if isinstance(ref.source, Pickled):
             return self._pickle(ref.source.file)[ref.source.key]
         data = torch.empty(ref.stored.nbytes, dtype=torch.uint8)

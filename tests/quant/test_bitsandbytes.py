@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from typing import Any
 
@@ -159,3 +160,26 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError, match="not installed") as caught:
         write(scheme("nf4"), stored["a.weight"])
     assert caught.value.hint == 'pip install "dora-convert[bnb]"'
+
+
+def test_the_first_use_may_be_by_several_threads() -> None:
+    """In a new process: one thread is half-way through the import when another begins."""
+    code = """
+import sys, threading, time, torch
+from dora_convert.quant import writable
+from dora_convert.core.tensors import DType, TensorSpec
+scheme = writable("nf4")
+weight = scheme.layout(TensorSpec("a.weight", DType.F32, (64, 64)))
+found = []
+def work():
+    found.append(len(scheme.quantize(weight, torch.ones(64, 64))["weight"]))
+first = threading.Thread(target=work)
+first.start()
+while not hasattr(sys.modules.get("bitsandbytes.functional"), "quantize_4bit"):
+    time.sleep(0.0005)
+work()
+first.join()
+print(found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[2048, 2048]", done.stderr

@@ -16,18 +16,20 @@ from dora_convert.cli.params import (
     examples,
     json_option,
     nbytes,
+    number,
     read_options,
     reading_options,
     workers_option,
 )
 
 if TYPE_CHECKING:
-    from dora_convert.core.reports import MergeReport
+    from dora_convert.core.reports import MergeReport, Survival
     from dora_convert.core.tensors import DType
 
 __all__ = ["COMMAND"]
 
 _SAMPLES = {"sample": 16, "all": None, "none": 0}
+_SWALLOWED = 0.5  # share of an update below which a person should hear of it
 
 
 @click.command(
@@ -57,6 +59,12 @@ _SAMPLES = {"sample": 16, "all": None, "none": 0}
     multiple=True,
     metavar="GLOB",
     help="With --quantize: modules that stay dense. Can be repeated.",
+)
+@click.option(
+    "--min-survival",
+    type=number,
+    metavar="SHARE",
+    help="With --quantize: fail if less than SHARE (0 to 1) of a module's update is kept.",
 )
 @workers_option
 @click.option(
@@ -92,6 +100,7 @@ def _merge(
     max_shard_size: int | None,
     quantize: str | None,
     keep_dense: tuple[str, ...],
+    min_survival: float | None,
     workers: int | None,
     zero_rows: str,
     check: str,
@@ -108,6 +117,8 @@ def _merge(
     """
     if keep_dense and quantize is None:
         raise click.UsageError("--keep-dense goes with --quantize")
+    if min_survival is not None and (quantize is None or dry_run):
+        raise click.UsageError("--min-survival goes with --quantize, and not with --dry-run")
     from dora_convert import api
 
     how = api.MergeOptions(
@@ -120,6 +131,7 @@ def _merge(
         samples=_SAMPLES[check],
         quantize=quantize,
         keep_dense=keep_dense,
+        min_survival=min_survival,
     )
     options = reading_options(**reading)
     with progress("merging", quiet=quiet or as_json) as listener:
@@ -156,6 +168,27 @@ def _summary(report: MergeReport, *, dry_run: bool) -> None:
         if checked.rounding is not None:
             text += f"; rounding lost {checked.rounding.loss:.2%} of the update"
         note(text)
+    if report.survival is not None:
+        _survival(report.survival)
+
+
+def _survival(survival: Survival) -> None:
+    """What the grid made of the update, and what to do where that is not much."""
+    total = survival.total
+    note(
+        f"survival: the {survival.scheme} grid keeps {total.kept:.1%} of the update and adds noise "
+        f"of {total.noise:.2f} times its size ({total.plain_noise:.2f} without an adapter); "
+        f"{total.codes_changed:.1%} of the codes changed"
+    )
+    lost = {path: f.kept for path, f in survival.modules.items() if f.kept < _SWALLOWED}
+    if lost:
+        worst = min(lost, key=lost.__getitem__)
+        note(
+            f"Warning: the grid swallowed the update of {len(lost)} of {len(survival.modules)} "
+            f"modules ({printable(worst)} keeps {lost[worst]:.1%}), most likely because the base "
+            "lies on it already. Merge into the 16-bit original, store the result dense or in more "
+            "bits, or serve the base with the adapter from to-lora beside it."
+        )
 
 
 COMMAND = _merge

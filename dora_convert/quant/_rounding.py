@@ -1,0 +1,69 @@
+"""Rows as a scheme would give them back: quantised and decoded at once, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from dora_convert.core.protocols import Quantizer
+from dora_convert.core.quantized import QuantizedWeight
+from dora_convert.core.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DENSE", "WHOLE", "decoded_block", "rounded", "rounded_alone"]
+
+# The roles of a matrix that is rounded as it is read: the rows asked for, and all of it.
+DENSE: Final = "dense"
+WHOLE: Final = "whole"
+
+
+def decoded_block(
+    scheme: Quantizer,
+    weight: QuantizedWeight,
+    start: int,
+    stop: int,
+    parts: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+) -> Tensor:
+    """Rows `start:stop`, float32, from what `quantize` made of them and the whole `constants`."""
+    found = {}
+    for role, window in scheme.windows(weight, start, stop).items():
+        if role in parts:
+            found[role] = parts[role]
+        elif window is None:
+            found[role] = constants[role]
+        else:
+            length = window.stop - window.start
+            found[role] = constants[role].narrow(window.axis, window.start, length)
+    return scheme.dequantize(weight, found, start, stop)
+
+
+def rounded(
+    scheme: Quantizer,
+    weight: QuantizedWeight,
+    start: int,
+    rows: Tensor,
+    constants: Mapping[str, Tensor],
+    statistic: Tensor | None,
+) -> Tensor:
+    """Rows of a weight from `start` on as they are read back, float32."""
+    parts = scheme.quantize(weight, rows, statistic if scheme.two_pass else None)
+    return decoded_block(scheme, weight, start, start + len(rows), parts, constants)
+
+
+def rounded_alone(
+    scheme: Quantizer, dense: TensorSpec, rows: Tensor, statistic: Tensor | None = None
+) -> tuple[Mapping[str, Tensor], Tensor]:
+    """The parts that some rows become as a weight of their own, and what these decode to.
+
+    A scheme of two passes is given the `statistic` of a larger weight, if there is one.
+    """
+    weight = scheme.layout(replace(dense, shape=tuple(rows.shape)))
+    if statistic is None or not scheme.two_pass:
+        statistic = scheme.gather([scheme.survey(rows)]) if scheme.surveys else None
+    parts = scheme.quantize(weight, rows, statistic if scheme.two_pass else None)
+    constants = scheme.constants(weight, statistic)
+    return parts, decoded_block(scheme, weight, 0, len(rows), parts, constants)
