@@ -130,7 +130,8 @@ class Bench:
 
 def run(bench: Bench, ranks: list[int], methods: list[str]) -> str:
     stats = bench.folder / "stats.safetensors"
-    api.collect_stats(bench.base, bench.texts, stats)
+    if any("stats" in method for method in methods):
+        api.collect_stats(bench.base, bench.texts, stats)
     rows = []
     for name, adapter in (("base", None), ("magnitude dropped", bench.dropped())):
         far, accuracy = bench.distance(adapter)

@@ -6,30 +6,53 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dora_convert.api.bases import open_base
+from dora_convert.api.fitting import open_fitting
+from dora_convert.api.merging import Silent
+from dora_convert.api.outcome import (
+    advice,
+    allowed_rank,
+    lora_notes,
+    pooled,
+    pooled_weighted,
+    rank_notes,
+)
+from dora_convert.api.progressing import Work
 from dora_convert.api.reading import ReadOptions, checked, named_base, read_adapter, worker_count
+from dora_convert.api.settling import settled
+from dora_convert.api.weighting import check_weighting, weighting
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint
-from dora_convert.core.lora import DEFAULT_RANK, LoraLayer, LoraModule, LoraReport, RankChoice
-from dora_convert.core.plan import Document, WrittenFile
+from dora_convert.core.lora import (
+    DEFAULT_RANK,
+    FitReport,
+    LoraLayer,
+    LoraModule,
+    LoraReport,
+    RankChoice,
+)
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, MismatchError, VerificationError
+from dora_convert.loras import loras
 from dora_convert.planning.lora import (
-    adapter_config,
+    Lora,
     affordable_rank,
     copy_problems,
     lora_layers,
-    lora_specs,
     stack_problems,
     targets,
 )
 from dora_convert.planning.planner import Proposal, plan_merge
-from dora_convert.planning.stacks import STACKS, Stack
-from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.planning.stacks import STACKS, WITHOUT_LORA, Stack, reading
 from dora_convert.storage.sidefiles import write_documents
 from dora_convert.storage.staging import Staging, check_output
+
+if TYPE_CHECKING:
+    from dora_convert.core.protocols import Listener
 
 __all__ = ["LoraOptions", "to_lora"]
 
@@ -38,20 +61,33 @@ __all__ = ["LoraOptions", "to_lora"]
 class LoraOptions:
     """What LoRA to make, and how.
 
-    `stack`: who is to load it, a key of `STACKS`. `compact`: a rank for each module, where the
-    stack reads patterns; otherwise all are padded to one. `exact`: full decompositions. `limit`:
-    the largest relative residual, over all modules, that is not an error.
+    `choice`: of ranks; by default DEFAULT_RANK, and a plain LoRA is left as it is.
+    `stack`: who is to load it, a key of `STACKS`. `form`: the file format, a name of `loras`; the
+    stack's first if None. `compact`: a rank for each module, where the stack reads patterns;
+    otherwise all are padded to one. `exact`: full decompositions. `limit`: the largest relative
+    residual, over all modules, that is not an error. `weight`: "norm" weights
+    errors by the gain of the norm before a module; `stats` is a file to weight them by instead.
+    `fit`: a file of texts, on which the factors are then fitted to the whole model's outputs.
     """
 
-    choice: RankChoice = field(default_factory=lambda: RankChoice(rank=DEFAULT_RANK))
+    choice: RankChoice | None = None
     stack: str = "any"
+    form: str | None = None
     compact: bool = False
     dtype: DType = DType.F32
     exact: bool = False
     seed: int = 0
     limit: float | None = None
+    weight: str = "plain"
+    stats: Path | None = None
+    fit: Path | None = None
     workers: int | None = None
     overwrite: bool = False
+
+    @property
+    def ranking(self) -> RankChoice:
+        """The choice of ranks, made or by default."""
+        return self.choice or RankChoice(rank=DEFAULT_RANK)
 
 
 def to_lora(
@@ -61,9 +97,11 @@ def to_lora(
     base: Path | None = None,
     options: ReadOptions | None = None,
     how: LoraOptions | None = None,
+    listener: Listener | None = None,
 ) -> LoraReport:
-    """Approximate the effective update of every module, and write it as a PEFT LoRA.
+    """Approximate the effective update of every module, and write it as a LoRA.
 
+    A plain LoRA is left alone, with a report that says so, unless `how.choice` is given.
     Raises InputError, MismatchError (also for what the stack cannot load), OutputError, and
     VerificationError where `how.limit` is exceeded.
     """
@@ -71,44 +109,81 @@ def to_lora(
     begun = time.perf_counter()
     stack = _stack(how)
     found = read_adapter(adapter, options)
+    if how.choice is None and _is_plain(found):
+        return _nothing(found, adapter, how, begun)
     base = base or named_base(found)
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
-    checkpoint = open_checkpoint(base, allow_pickle=options.allow_pickle)
+    checkpoint = open_base(base, options)
+    found = settled(found, checkpoint, transposed=options.transposed)
     proposal = plan_merge(found, checkpoint, transposed=options.transposed)
-    _check_stack(found, proposal, stack, adapter)
+    _check_stack(found, checkpoint, proposal, stack, adapter)
     # Of the plan's own notes most are about the files of a merge.
     notes = [*found.notes, *checked(proposal, found, adapter, base)]
     _check_copies(found, proposal, adapter)
     seconds = {"plan": time.perf_counter() - begun}
-    modules, rank, nbytes = _write(output, found, checkpoint, proposal, stack, how, notes)
+    made = _write(output, found, checkpoint, proposal, stack, how, listener or Silent())
     seconds["total"] = time.perf_counter() - begun
-    residual = _pooled(modules, [module.residual for module in modules])
+    residual = pooled(made.modules, [module.residual for module in made.modules])
     return LoraReport(
         output=str(output),
         adapter=str(adapter),
         base=str(base),
         stack=how.stack,
-        rank=rank,
-        nbytes=nbytes,
+        rank=made.rank,
+        nbytes=made.nbytes,
         residual=residual,
-        without_magnitude=_pooled(modules, [module.without_magnitude for module in modules]),
-        modules=modules,
-        notes=tuple(notes),
-        advice=_advice(residual, rank, stack),
+        without_magnitude=pooled(made.modules, [m.without_magnitude for m in made.modules]),
+        weighted_residual=pooled_weighted(made.modules),
+        fit=made.fit,
+        modules=made.modules,
+        notes=(*notes, *made.notes),
+        advice=advice(residual, made.rank, stack),
         seconds=seconds,
     )
 
 
+def _is_plain(adapter: Adapter) -> bool:
+    """Whether it is a LoRA already."""
+    modules = adapter.modules.values()
+    return bool(modules) and all(module.magnitude is None for module in modules)
+
+
+def _nothing(adapter: Adapter, name: Path, how: LoraOptions, begun: float) -> LoraReport:
+    return LoraReport(
+        output=None,
+        adapter=str(name),
+        base=adapter.base_model,
+        stack=how.stack,
+        rank=0,
+        nbytes=0,
+        residual=0.0,
+        without_magnitude=0.0,
+        weighted_residual=None,
+        fit=None,
+        modules=(),
+        notes=(),
+        advice="nothing to do: the adapter has no magnitudes, it is a plain LoRA already; "
+        "with --rank it is made smaller",
+        seconds={"total": time.perf_counter() - begun},
+    )
+
+
 def _stack(how: LoraOptions) -> Stack:
-    _check_choice(how.choice)
+    _check_choice(how.ranking)
+    check_weighting(how.weight, how.stats)
+    if how.stack in WITHOUT_LORA:
+        raise InputError(
+            f"{WITHOUT_LORA[how.stack]} loads no LoRA at all",
+            hint="Merge the adapter instead (dora-convert merge).",
+        )
     if how.stack not in STACKS:
         known = ", ".join(STACKS)
         raise InputError(f"there is no stack named {how.stack!r}", hint=f"Known: {known}.")
-    stack = STACKS[how.stack]
+    stack = _reading(STACKS[how.stack], how.form)
     top = max(stack.ranks or (0,))
-    if how.choice.rank is not None and top and how.choice.rank > top:
+    if how.ranking.rank is not None and top and how.ranking.rank > top:
         raise InputError(
-            f"rank {how.choice.rank} cannot be loaded by {stack.title}",
+            f"rank {how.ranking.rank} cannot be loaded by {stack.title}",
             hint=f"The largest rank there is {top}.",
         )
     if how.compact and not stack.patterns:
@@ -116,6 +191,18 @@ def _stack(how: LoraOptions) -> Stack:
             f"a rank for each module is not read by {stack.title}", hint="Leave --compact out."
         )
     return stack
+
+
+def _reading(stack: Stack, form: str | None) -> Stack:
+    """The stack as it reads this file format alone."""
+    form = form or stack.forms[0]
+    loras.get(form)
+    if form not in stack.forms:
+        raise InputError(
+            f"{stack.title} loads no LoRA in the file format {form}",
+            hint=f"It loads: {', '.join(stack.forms)}.",
+        )
+    return replace(reading(stack, form), forms=(form,))
 
 
 def _check_choice(choice: RankChoice) -> None:
@@ -129,10 +216,15 @@ def _check_choice(choice: RankChoice) -> None:
         raise InputError("energy and max_residual are shares, between 0 and 1")
 
 
-def _check_stack(adapter: Adapter, proposal: Proposal, stack: Stack, name: Path) -> None:
+def _check_stack(
+    adapter: Adapter, checkpoint: Checkpoint, proposal: Proposal, stack: Stack, name: Path
+) -> None:
     if not adapter.modules:
         raise InputError("the adapter has no module that a LoRA could stand for", where=str(name))
-    problems = [*stack_problems(adapter, stack), *copy_problems(adapter, proposal.weights)]
+    problems = [
+        *stack_problems(adapter, checkpoint, stack),
+        *copy_problems(adapter, proposal.weights),
+    ]
     if problems:
         raise MismatchError(
             f"not all of this adapter can be loaded by {stack.title} as a LoRA",
@@ -145,10 +237,10 @@ def _check_stack(adapter: Adapter, proposal: Proposal, stack: Stack, name: Path)
 
 def _check_copies(adapter: Adapter, proposal: Proposal, name: Path) -> None:
     """An update of the adapter's own copy of a weight is none of another base's."""
+    from dora_convert.execution.decoding import open_reader
     from dora_convert.execution.probe import copy_differences
-    from dora_convert.storage.reader import Reader
 
-    different = copy_differences(adapter.modules.values(), proposal.weights, Reader())
+    different = copy_differences(adapter.modules.values(), proposal.weights, open_reader())
     if different:
         raise MismatchError(
             "the adapter carries its own base weights, and the base holds others",
@@ -158,6 +250,15 @@ def _check_copies(adapter: Adapter, proposal: Proposal, name: Path) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    modules: tuple[LoraModule, ...]
+    rank: int  # the stored one
+    nbytes: int
+    fit: FitReport | None
+    notes: list[str]
+
+
 def _write(
     output: Path,
     adapter: Adapter,
@@ -165,17 +266,31 @@ def _write(
     proposal: Proposal,
     stack: Stack,
     how: LoraOptions,
-    notes: list[str],
-) -> tuple[tuple[LoraModule, ...], int, int]:
-    """Compute, choose ranks, write; returns the modules' figures, the stored rank and bytes."""
-    from dora_convert.execution.factors import Pair, Scratch, write_pairs
+    listener: Listener,
+) -> _Written:
+    """Compute, choose ranks, fit where that is wanted, write."""
+    from dora_convert.execution.factors import Scratch, write_pairs
     from dora_convert.execution.project import project
     from dora_convert.execution.ranks import choose_ranks
 
     parts = targets(proposal.plan)
     layers = lora_layers(adapter, checkpoint, proposal, stack)
+    form = loras.get(stack.forms[0])
+    lora = Lora(
+        adapter,
+        checkpoint.config,
+        proposal.names,
+        layers,
+        dict.fromkeys((layer.path for layer in layers), 1),
+        how.dtype,
+    )
+    form.lay_out(lora)  # what it cannot hold is said before the work
+    weights, notes = weighting(how.weight, how.stats, layers, proposal.names, checkpoint)
+    fitting = open_fitting(how.fit, layers, checkpoint, how.seed) if how.fit else None
     choice = _bounded(how, stack, layers)
-    most = _allowed(choice.rank or choice.ceiling, stack)
+    notes += rank_notes(how.ranking, choice, stack)
+    work = Work(parts, listener, fitting.steps if fitting else 0)
+    most = allowed_rank(choice.rank or choice.ceiling, stack)
     # The scratch files, always of 32 bits, and what is made of them.
     room = sum(sum(layer.shape) for layer in layers) * most * (4 + how.dtype.bits // 8)
     with Staging(output, nbytes=room, overwrite=how.overwrite) as staging:
@@ -183,37 +298,44 @@ def _write(
         spectra = project(
             parts,
             choice,
-            scratch.keep,
+            work.watched(scratch.keep),
             workers=worker_count(how.workers),
             exact=how.exact,
             seed=how.seed,
+            weights=weights,
         )
         ranks = choose_ranks(spectra, choice, element_bytes=how.dtype.bits // 8)
-        modules = tuple(spectra[path].report(ranks[path]) for path in sorted(spectra))
-        _check_limit(modules, how.limit)
         stored = _stored_ranks(layers, ranks, stack, compact=how.compact)
-        pairs = [
-            Pair(layer, ranks.get(layer.path, 0), *lora_specs(layer, stored[layer.path], how.dtype))
-            for layer in layers
-        ]
-        write_pairs(staging.dir / "adapter_model.safetensors", pairs, scratch)
-        shutil.rmtree(staging.dir / "scratch")
+        # Room that the stack asks for anyway is filled with what there is, not with zeros.
+        ranks = {path: min(stored[path], len(spectra[path].singular)) for path in ranks}
+        modules = tuple(spectra[path].report(ranks[path]) for path in sorted(spectra))
         top = max(stored.values())
-        config = adapter_config(adapter, proposal.names, layers, top, stored)
-        documents: list[Document] = [WrittenFile("adapter_config.json", config)]
-        write_documents(documents, staging.dir)
+        notes += lora_notes(layers, modules, choice, stack, top)
+        fit = None
+        if fitting is not None:
+            modules, fit = fitting.run(parts, ranks, scratch, weights, modules, work.step)
+        _check_limit(modules, how.limit)
+        _check_range(modules, stack, how.dtype)
+        file = form.lay_out(replace(lora, ranks=stored))
+        write_pairs(staging.dir, file, ranks, scratch)
+        shutil.rmtree(staging.dir / "scratch")
+        write_documents(file.documents, staging.dir)
         staging.publish()
-    notes += _notes(layers, modules, choice, stack, top)
-    nbytes = sum(pair.down.nbytes + pair.up.nbytes for pair in pairs)
-    return modules, top, nbytes
+    return _Written(modules, top, sum(pair.nbytes for pair in file.pairs), fit, notes)
 
 
 def _bounded(how: LoraOptions, stack: Stack, layers: Sequence[LoraLayer]) -> RankChoice:
-    """The choice within what stack and shapes allow; a budget for padded pairs is a rank."""
-    choice, full = how.choice, max(min(layer.shape) for layer in layers)
+    """The choice within what stack and shapes allow; a budget for padded pairs is a rank.
+
+    One rank for all is the stored one.
+    """
+    choice, full = how.ranking, max(min(layer.shape) for layer in layers)
+    if stack.slender:
+        full = min(min(layer.shape) for layer in layers) - 1
     ceiling = min(choice.ceiling, full, stack.ranks[-1] if stack.ranks else full)
     if choice.rank is not None:
-        return replace(choice, rank=min(choice.rank, full), ceiling=ceiling)
+        rank = choice.rank if how.compact else allowed_rank(choice.rank, stack)
+        return replace(choice, rank=min(rank, full), ceiling=ceiling)
     if choice.budget is None:
         return replace(choice, ceiling=ceiling)
     width = how.dtype.bits // 8
@@ -221,7 +343,7 @@ def _bounded(how: LoraOptions, stack: Stack, layers: Sequence[LoraLayer]) -> Ran
     least = replace(stack, ranks=None) if how.compact else stack
     rank = affordable_rank(layers, least, choice.budget // width)
     if not rank:
-        needed = width * sum(sum(layer.shape) for layer in layers) * _allowed(1, least)
+        needed = width * sum(sum(layer.shape) for layer in layers) * allowed_rank(1, least)
         raise InputError(
             f"the budget is too small for any rank that {stack.title} loads",
             hint=f"The least is {needed} bytes.",
@@ -231,32 +353,22 @@ def _bounded(how: LoraOptions, stack: Stack, layers: Sequence[LoraLayer]) -> Ran
     return RankChoice(rank=min(rank, ceiling), ceiling=ceiling)
 
 
-def _notes(
-    layers: Sequence[LoraLayer],
-    modules: Sequence[LoraModule],
-    choice: RankChoice,
-    stack: Stack,
-    top: int,
-) -> list[str]:
-    notes = []
-    empty = sum(layer.empty for layer in layers)
-    if empty:
-        notes.append(f"{empty} pairs of zeros added: some stacks need every layer to be there")
-    if choice.share is not None:
-        allowed = math.sqrt(1 - choice.share)
-        short = sum(module.residual > allowed * (1 + 1e-6) + 1e-7 for module in modules)
-        if short:
-            notes.append(f"{short} modules would need a rank above {choice.ceiling} for that")
-    if top > stack.advised:
-        notes.append(f"ranks above {stack.advised} are not served well by {stack.title}")
-    if stack.launch:
-        notes.append(f"serve it with {stack.launch.format(rank=_allowed(top, stack))}")
-    return notes
+def _check_range(modules: Iterable[LoraModule], stack: Stack, dtype: DType) -> None:
+    """No factor may leave the range of float16: none has a larger element than sqrt(||T||)."""
+    if not (stack.half or dtype is DType.F16):
+        return
+    problems = [m.path for m in modules if math.sqrt(m.update) > 65504]
+    if problems:
+        raise MismatchError(
+            "some factors may be too large for float16",
+            problems=problems,
+            hint="Choose another --dtype, and a stack that does not compute in float16.",
+        )
 
 
 def _check_limit(modules: Iterable[LoraModule], limit: float | None) -> None:
     modules = list(modules)
-    residual = _pooled(modules, [module.residual for module in modules])
+    residual = pooled(modules, [module.residual for module in modules])
     if limit is not None and residual > limit:
         raise VerificationError(
             f"the LoRA would miss {residual:.1%} of the update, more than the {limit:.1%} allowed",
@@ -268,34 +380,8 @@ def _stored_ranks(
     layers: Iterable[LoraLayer], ranks: Mapping[str, int], stack: Stack, *, compact: bool
 ) -> dict[str, int]:
     """The rank of each pair on disk: what the stack allows, the same for all unless compact."""
-    top = _allowed(max(ranks.values()), stack)
+    top = allowed_rank(max(ranks.values()), stack)
     if not compact:
         return {layer.path: top for layer in layers}
     # Within patterns any rank up to the largest will do.
     return {layer.path: max(ranks.get(layer.path, 1), 1) for layer in layers}
-
-
-def _allowed(rank: int, stack: Stack) -> int:
-    """The least rank that the stack takes and that holds `rank`."""
-    rank = max(rank, 1)
-    return rank if stack.ranks is None else next(r for r in stack.ranks if r >= rank)
-
-
-def _pooled(modules: Iterable[LoraModule], relative: Iterable[float]) -> float:
-    """A relative Frobenius error over all modules together."""
-    modules = list(modules)
-    total = sum(module.update**2 for module in modules)
-    lost = sum((module.update * r) ** 2 for module, r in zip(modules, relative, strict=True))
-    return math.sqrt(lost / total) if total else 0.0
-
-
-def _advice(residual: float, rank: int, stack: Stack) -> str:
-    kept = 1 - residual**2
-    text = (
-        f"rank {rank} keeps {kept:.1%} of the update's energy and misses {residual:.1%} of its size"
-    )
-    if residual > 0.05:
-        text += "; merge the adapter instead if you can"
-    elif stack.ranks is not None:
-        text += f", and can be loaded by {stack.title}"
-    return text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,24 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_convert.core.adapter import LayerKind
-from dora_convert.core.lora import LoraLayer
-from dora_convert.core.tensors import TensorSpec
+from dora_convert.core.pairs import Factor, LoraFile, Pair
 from dora_convert.maths.lowrank import Factors
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.oserrors import writing
-from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["Pair", "Scratch", "write_pairs"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Where a layer's factors go, and how many of them; the rest of the stored rank is zeros."""
-
-    layer: LoraLayer
-    rank: int
-    down: TensorSpec
-    up: TensorSpec
+__all__ = ["Scratch", "write_pairs"]
 
 
 class Scratch:
@@ -42,10 +30,11 @@ class Scratch:
     def keep(self, path: str, factors: Factors) -> None:
         """Store them as a pair of equal norms: neither factor may leave a narrow type's range."""
         root = factors.singular.sqrt()
-        pair = {
-            "left": (factors.left * root).float().contiguous(),
-            "right": (root.unsqueeze(1) * factors.right).float().contiguous(),
-        }
+        self.put(path, factors.left * root, root.unsqueeze(1) * factors.right)
+
+    def put(self, path: str, left: Tensor, right: Tensor) -> None:
+        """Store a pair as it is, in float32."""
+        pair = {"left": left.float().contiguous(), "right": right.float().contiguous()}
         with writing(self._files[path]):
             save_file(pair, self._files[path])
 
@@ -56,25 +45,40 @@ class Scratch:
         return pair["left"], pair["right"]
 
 
-def write_pairs(file: Path, pairs: Sequence[Pair], scratch: Scratch) -> None:
-    """The adapter's weights, one pair at a time, on the disk when it returns."""
-    specs = [spec for pair in pairs for spec in (pair.down, pair.up)]
-    writer = ShardWriter(file, specs)
+def write_pairs(folder: Path, lora: LoraFile, ranks: Mapping[str, int], scratch: Scratch) -> None:
+    """The file in `folder`, one pair at a time, on the disk when it returns.
+
+    `ranks`: how many factors of each layer there are; the rest of the stored rank is zeros.
+    """
+    file = folder / lora.name
+    with writing(file):
+        fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for pair in pairs:
-            down, up = _factors(pair, scratch)
-            for spec, tensor in ((pair.down, down), (pair.up, up)):
-                data = tensor.to(TORCH[spec.dtype]).contiguous().view(-1).view(torch.uint8)
-                writer.write(spec.name, 0, data)
-        writer.seal()
+        with writing(file):
+            os.ftruncate(fd, lora.size)
+        _pwrite(fd, file, memoryview(lora.head), 0)
+        for pair in lora.pairs:
+            factors = _factors(pair, ranks.get(pair.layer.path, 0), scratch)
+            for factor, tensor in zip((pair.down, pair.up), factors, strict=True):
+                data = _stored(factor, tensor).view(-1).view(torch.uint8)
+                _pwrite(fd, file, data.numpy().data, lora.starts[factor.spec.name])
+        with writing(file):
+            os.fsync(fd)
     finally:
-        writer.close()
+        os.close(fd)
 
 
-def _factors(pair: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`down` and `up` as they are stored: turned to the layer's own sense, padded, reshaped."""
-    down, up = torch.zeros(pair.down.shape), torch.zeros(pair.up.shape)
-    layer, rank = pair.layer, pair.rank
+def _pwrite(fd: int, file: Path, data: memoryview, offset: int) -> None:
+    done = 0
+    with writing(file):
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], offset + done)
+
+
+def _factors(pair: Pair, rank: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """`down` and `up` as PEFT has them: turned to the layer's own sense, padded, reshaped."""
+    down, up = (torch.zeros(_natural(factor)) for factor in (pair.down, pair.up))
+    layer = pair.layer
     if layer.empty or not rank:
         return down, up
     left, right = scratch.take(layer.path)
@@ -85,3 +89,16 @@ def _factors(pair: Pair, scratch: Scratch) -> tuple[Tensor, Tensor]:
     down.view(down.shape[0], -1)[:rank] = right
     up.view(up.shape[0], up.shape[1])[:, :rank] = left
     return down, up
+
+
+def _natural(factor: Factor) -> tuple[int, ...]:
+    return factor.spec.shape[::-1] if factor.turned else factor.spec.shape
+
+
+def _stored(factor: Factor, tensor: Tensor) -> Tensor:
+    if factor.heads:
+        halves = tensor.view(factor.heads, 2, -1, tensor.shape[1])
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)
+    if factor.turned:
+        tensor = tensor.T
+    return tensor.to(TORCH[factor.spec.dtype]).contiguous()

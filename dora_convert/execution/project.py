@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_convert.core.lora import LoraModule, RankChoice
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
+from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.kernels import Buffers
 from dora_convert.execution.threads import in_threads
@@ -21,24 +22,29 @@ from dora_convert.execution.update import Update, open_update
 from dora_convert.maths.dora import RowFaults
 from dora_convert.maths.lowrank import (
     Factors,
+    Flipped,
     Operator,
     exact_factors,
     krylov_factors,
     spans_everything,
 )
-from dora_convert.storage.reader import Reader
+from dora_convert.maths.weighting import Weight, Weighted, unweighted
 
-__all__ = ["Part", "Spectrum", "project"]
+__all__ = ["Part", "Spectrum", "Weights", "project", "residuals"]
 
 Part = tuple[TensorRef, Piece]
+# How a module is weighted, and whether its weight is stored `[in, out]`; None: not at all.
+Weights = Callable[[str], tuple[Weight, bool] | None]
 _ENERGIES = (0.90, 0.95, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """The singular values of one module's update, as many as were computed, float64 and falling.
+    """What each factor holds of one module's update T, as many as were computed, float64.
 
-    `square` is ||T||² and `by_magnitude` ||T - D||².
+    `square` is ||T||² and `by_magnitude` ||T - D||². Where inputs are weighted, `weighted` are the
+    singular values of T L and `weighted_square` is ||T L||²; they decide on ranks, and `singular`
+    is what the same factors hold of T. Without, `singular` are T's singular values, falling.
     """
 
     path: str
@@ -46,21 +52,35 @@ class Spectrum:
     singular: Tensor
     square: float
     by_magnitude: float
+    weighted: Tensor | None = None
+    weighted_square: float = 0.0
+
+    @property
+    def deciding(self) -> Tensor:
+        """The falling values that ranks are chosen by."""
+        return self.singular if self.weighted is None else self.weighted
+
+    def weighted_residual(self, rank: int) -> float | None:
+        """||(T - P) L|| / ||T L||, None where nothing is weighted."""
+        return (
+            None if self.weighted is None else _missed(self.weighted[:rank], self.weighted_square)
+        )
 
     def residual(self, rank: int) -> float:
         """||T - T_rank|| / ||T||, exact: what the kept singular values do not hold."""
-        if not self.square:
-            return 0.0
-        kept = float(self.singular[:rank].square().sum())
-        return math.sqrt(max(0.0, 1 - kept / self.square))
+        return _missed(self.singular[:rank], self.square)
 
     def least_rank(self, energy: float) -> int | None:
-        """The least rank that keeps this share of ||T||², None where not enough was computed."""
-        if not self.square:
+        """The least rank that keeps this share of ||T||², or of ||T L||² where inputs are weighted.
+
+        None where not enough was computed.
+        """
+        square = self.square if self.weighted is None else self.weighted_square
+        if not square:
             return 0
-        kept = self.singular.square().cumsum(0)
+        kept = self.deciding.square().cumsum(0)
         # A hair less: at full rank the sum misses ||T||² by its last bits.
-        reached = kept >= energy * self.square * (1 - 1e-9)
+        reached = kept >= energy * square * (1 - 1e-9)
         return int(reached.int().argmax()) + 1 if bool(reached.any()) else None
 
     def report(self, rank: int) -> LoraModule:
@@ -73,7 +93,22 @@ class Spectrum:
             without_magnitude=math.sqrt(self.by_magnitude / self.square) if self.square else 0.0,
             energies=(first, second, third),
             update=math.sqrt(self.square),
+            weighted_residual=self.weighted_residual(rank),
+            weighted_update=math.sqrt(self.weighted_square),
         )
+
+
+def _missed(values: Tensor, square: float) -> float:
+    if not square:
+        return 0.0
+    return math.sqrt(max(0.0, 1 - float(values.square().sum()) / square))
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    exact: bool
+    generator: torch.Generator
+    weighting: tuple[Weight, bool] | None
 
 
 class _Stacked:
@@ -103,13 +138,14 @@ def project(
     workers: int,
     exact: bool = False,
     seed: int = 0,
+    weights: Weights | None = None,
 ) -> dict[str, Spectrum]:
     """Approximate every module's update, with as many factors as `choice` can need.
 
     `keep` is handed the factors of each as they come, from several threads, so that no more are
     in memory than are worked on. Raises MismatchError for updates not defined everywhere.
     """
-    reader = Reader()
+    reader = open_reader()
     found: dict[str, Spectrum] = {}
     faults: dict[str, RowFaults] = {}
 
@@ -127,7 +163,8 @@ def project(
                 return
             # By path, so that neither order nor threads change what a module gets.
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
-            factors, found[path] = _approximate(path, updates, choice, exact, generator)
+            how = _How(exact, generator, None if weights is None else weights(path))
+            factors, found[path] = _approximate(path, updates, choice, how)
         keep(path, factors)
 
     in_threads(list(modules.items()), work, workers)
@@ -139,25 +176,132 @@ def _approximate(
     path: str,
     updates: Sequence[Update],
     choice: RankChoice,
-    exact: bool,
-    generator: torch.Generator,
+    how: _How,
 ) -> tuple[Factors, Spectrum]:
+    if how.weighting is not None:
+        return _approximate_weighted(path, updates, choice, how, *how.weighting)
     operator: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
     square = sum(update.square for update in updates)
     by_magnitude = sum(update.by_magnitude for update in updates)
     limit = min(*operator.shape, choice.rank if choice.rank is not None else choice.ceiling)
+
+    def spectrum(factors: Factors, whole: float | None) -> Spectrum:
+        held = square if whole is None else whole
+        return Spectrum(path, operator.shape, factors.singular, held, by_magnitude)
+
+    return _searched(operator, choice, limit, how, spectrum)
+
+
+def _approximate_weighted(
+    path: str,
+    updates: Sequence[Update],
+    choice: RankChoice,
+    how: _How,
+    weight: Weight,
+    is_flipped: bool,
+) -> tuple[Factors, Spectrum]:
+    """As above for T L; a weight stored `[in, out]` is turned to the layer's sense and back."""
+    stored: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
+    operator = Flipped(stored) if is_flipped else stored
+    seen = weight.square(operator, _columns(updates, is_flipped=is_flipped))
+    limit = min(*operator.shape, choice.rank if choice.rank is not None else choice.ceiling)
+
+    def spectrum(factors: Factors, whole: float | None) -> Spectrum:
+        return Spectrum(
+            path,
+            stored.shape,
+            factors.singular,
+            sum(update.square for update in updates),
+            sum(update.by_magnitude for update in updates),
+            weighted=factors.singular,
+            weighted_square=seen if whole is None else whole,
+        )
+
+    found, figures = _searched(Weighted(operator, weight), choice, limit, how, spectrum)
+    factors = unweighted(operator, found.left)
+    figures = replace(figures, singular=factors.singular)
+    return factors.transposed() if is_flipped else factors, figures
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """`T - left @ right` as an operator."""
+
+    operator: Operator
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.operator.shape
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.operator.times(x).double() - self.left @ (self.right @ x.double())
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        low_rank = self.right.T @ (self.left.T @ y.double())
+        return self.operator.transposed_times(y).double() - low_rank
+
+
+def residuals(
+    parts: Sequence[Part], left: Tensor, right: Tensor, weighting: tuple[Weight, bool] | None
+) -> tuple[float, float | None]:
+    """What any `left @ right` misses of the stored weight's update, plain and weighted.
+
+    As `LoraModule` has them; `weighting` is what `Weights` gives for the module.
+    """
+    reader, buffers = open_reader(), Buffers()
+    weight, is_flipped = (None, False) if weighting is None else weighting
+    with ExitStack() as stack:
+        updates = [stack.enter_context(open_update(*part, reader, buffers)) for part in parts]
+        stored: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
+        operator = Flipped(stored) if is_flipped else stored
+        columns = _columns(updates, is_flipped=is_flipped)
+        left, right = (right.T, left.T) if is_flipped else (left, right)
+        left, right = left.double(), right.double()
+        # ||t - p||² of every column, from one product with T.
+        crossed = (operator.transposed_times(left).double() * right.T).sum(dim=1)
+        rest = columns - 2 * crossed + ((left.T @ left @ right) * right).sum(dim=0)
+        rest = rest.clamp_min(0)
+        plain = _ratio(float(rest.sum()), float(columns.sum()))
+        if weight is None:
+            return plain, None
+        missed = weight.square(_Missed(operator, left, right), rest)
+        return plain, _ratio(missed, weight.square(operator, columns))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0
+
+
+def _columns(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
+    """The squared norms of T's columns, in the layer's sense."""
+    if is_flipped:
+        return torch.cat([update.row_squares for update in updates])
+    return torch.stack([update.column_squares for update in updates]).sum(dim=0)
+
+
+def _searched(
+    operator: Operator,
+    choice: RankChoice,
+    limit: int,
+    how: _How,
+    spectrum: Callable[[Factors, float | None], Spectrum],
+) -> tuple[Factors, Spectrum]:
+    """Factors enough for the choice. `spectrum` is told ||operator||² where all were computed."""
     # An open-ended choice starts small and doubles: most modules need little.
     rank = limit if choice.share is None else min(32, limit)
     while True:
-        if exact or spans_everything(operator.shape, rank):
+        square = None
+        if how.exact or spans_everything(operator.shape, rank):
             whole = exact_factors(operator)
             # Of the same products as its parts, so that all of them together leave exactly 0.
             square = float(whole.singular.square().sum())
             rank, factors = limit, whole.truncated(limit)
         else:
-            factors = krylov_factors(operator, rank, generator)
-        spectrum = Spectrum(path, operator.shape, factors.singular, square, by_magnitude)
-        enough = choice.share is None or spectrum.least_rank(choice.share) is not None
+            factors = krylov_factors(operator, rank, how.generator)
+        figures = spectrum(factors, square)
+        enough = choice.share is None or figures.least_rank(choice.share) is not None
         if rank >= limit or enough:
-            return factors, spectrum
+            return factors, figures
         rank = min(2 * rank, limit)

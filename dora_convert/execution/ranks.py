@@ -19,7 +19,7 @@ def choose_ranks(
         return _spend(spectra, choice.budget // element_bytes)
     ranks = {}
     for path, spectrum in spectra.items():
-        computed = len(spectrum.singular)
+        computed = len(spectrum.deciding)
         needed = choice.rank if choice.share is None else spectrum.least_rank(choice.share)
         ranks[path] = computed if needed is None else min(needed, computed)
     return ranks
@@ -32,20 +32,20 @@ def _spend(spectra: Mapping[str, Spectrum], elements: int) -> dict[str, int]:
     fall, so the greedy choice is optimal up to the last one that does not fit. Every module has
     rank 1 from the start: a pair of rank 0 cannot be stored.
     """
-    ranks = {path: min(1, len(spectrum.singular)) for path, spectrum in spectra.items()}
+    ranks = {path: min(1, len(spectrum.deciding)) for path, spectrum in spectra.items()}
     elements -= sum(sum(spectrum.shape) for spectrum in spectra.values())
     queue: list[tuple[float, str, int]] = []
     for path, spectrum in spectra.items():
         cost = sum(spectrum.shape)
-        if len(spectrum.singular) > 1:
-            heapq.heappush(queue, (-(float(spectrum.singular[1]) ** 2) / cost, path, cost))
+        if len(spectrum.deciding) > 1:
+            heapq.heappush(queue, (-(float(spectrum.deciding[1]) ** 2) / cost, path, cost))
     while queue:
         _, path, cost = heapq.heappop(queue)
         if cost > elements:
             continue
         elements -= cost
         ranks[path] += 1
-        singular = spectra[path].singular
+        singular = spectra[path].deciding
         if ranks[path] < len(singular):
             gain = float(singular[ranks[path]]) ** 2 / cost
             heapq.heappush(queue, (-gain, path, cost))

@@ -26,7 +26,10 @@ __all__ = ["Update", "open_update"]
 
 @dataclass(slots=True)
 class Update:
-    """See the module. `square` is ||T||², `by_magnitude` ||T - D||²: what D alone would miss."""
+    """See the module. `square` is ||T||², `by_magnitude` ||T - D||²: what D alone would miss.
+
+    `row_squares` `[out]` and `column_squares` `[in]` are the squared norms of T's rows and columns.
+    """
 
     base: TensorRef
     piece: Piece
@@ -39,6 +42,8 @@ class Update:
     excess: Tensor  # c - 1, taken in float64
     square: float = 0.0
     by_magnitude: float = 0.0
+    row_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    column_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
     faults: RowFaults = field(default_factory=RowFaults)
 
     @property
@@ -113,13 +118,17 @@ def open_update(
         update = Update(
             base, piece, operands, buffers, blocks, dtype, by_row, ones, torch.zeros_like(ones)
         )
+        update.row_squares = torch.zeros(update.shape[0], dtype=torch.float64)
+        update.column_squares = torch.zeros(update.shape[1], dtype=torch.float64)
         if operands.magnitude is not None:
             _set_factors(update, operands.magnitude)
             _set_norms(update)
         elif operands.up is not None and operands.down is not None:
             up, down = operands.up.double(), operands.down.double()
-            # ||up @ down||², from the small Gram matrices.
-            update.square = max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
+            # Norms of up @ down, from the small Gram matrices.
+            update.row_squares = ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0)
+            update.column_squares = (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0)
+            update.square = float(update.column_squares.sum())
         yield update
 
 
@@ -145,4 +154,7 @@ def _set_norms(update: Update) -> None:
         block = direction.mul_(update.excess[span].unsqueeze(1 if update.by_row else 0))
         update.by_magnitude += float(block.square().sum(dtype=torch.float64))
         block += low_rank
-        update.square += float(block.square().sum(dtype=torch.float64))
+        squares = block.double().square_()
+        update.row_squares[start:stop] = squares.sum(dim=1)
+        update.column_squares += squares.sum(dim=0)
+        update.square += float(squares.sum())

@@ -129,6 +129,7 @@ def test_json(box: Sandbox, lora: Lora) -> None:
         (("--rank", 0), "--rank"),
         (("--seed", -1), "--seed"),
         (("--dtype", "int4"), "--dtype"),
+        (("--to", "onnx"), "--to"),
     ],
 )
 def test_wrong_usage(box: Sandbox, lora: Lora, options: tuple[object, ...], word: str) -> None:
@@ -154,6 +155,9 @@ def test_fail_above_leaves_nothing(box: Sandbox, lora: Lora, stack: str) -> None
         (("--rank", 600), ("rank 600 cannot be loaded by every stack", "512")),
         (("--compact",), ("not read by every stack", "--compact")),
         (("--for", "sglang", "--compact"), ("not read by SGLang",)),
+        (("--for", "exllamav3"), ("ExLlamaV3 loads no LoRA at all", "dora-convert merge")),
+        (("--for", "mlx", "--to", "peft"), ("mlx-lm loads no LoRA in the file format peft", "mlx")),
+        (("--for", "vllm", "--to", "gguf"), ("vLLM 0.32 and later loads no LoRA in the",)),
         (("--budget", "100B"), ("the budget is too small for any rank that every stack loads",)),
         (
             ("--budget", "100B", "--for", "vllm", "--compact"),
@@ -165,6 +169,34 @@ def test_what_a_stack_cannot_load(
     box: Sandbox, lora: Lora, options: tuple[object, ...], words: tuple[str, ...]
 ) -> None:
     box.refuses(3, *words, run=lambda: lora(*options))
+
+
+@pytest.mark.parametrize(
+    ("stack", "form", "file"),
+    [
+        ("llama.cpp", (), "adapter.gguf"),
+        ("any", ("--to", "gguf"), "adapter.gguf"),
+        ("mlx", (), "adapters.safetensors"),
+    ],
+)
+def test_other_file_formats(
+    box: Sandbox, lora: Lora, stack: str, form: tuple[str, ...], file: str
+) -> None:
+    known = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    box.configure(
+        box.base, **known, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    result = lora("--rank", 3, "--for", stack, *form)
+    assert (result.code, result.out) == (0, f"{box.out}\n")
+    assert (box.out / file).stat().st_size > 1000
+    assert not (box.out / "adapter_model.safetensors").exists()
+
+
+def test_a_file_format_that_cannot_hold_the_model(box: Sandbox, lora: Lora) -> None:
+    """Said before any work, with nothing left behind."""
+    box.configure(box.base, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    box.refuses(4, "GPT2LMHeadModel", run=lambda: lora("--for", "llama.cpp"))
+    box.refuses(4, "'gpt2'", run=lambda: lora("--for", "mlx"))
 
 
 def test_tensors_that_a_lora_cannot_carry(box: Sandbox, lora: Lora) -> None:
@@ -188,7 +220,7 @@ def test_plain_lora_in(box: Sandbox, lora: Lora) -> None:
     factors = {n: t for n, t in box.load_adapter().items() if "magnitude" not in n}
     box.save_adapter(factors)
     box.configure(box.adapter, use_dora=False)
-    result = lora("--rank", RANK, "--for", "llama.cpp")
+    result = lora("--rank", RANK, "--for", "llama.cpp", "--to", "peft")
     assert result.code == 0
     assert config(box)["r"] == RANK
     tensors = stored(box)
@@ -199,6 +231,96 @@ def test_plain_lora_in(box: Sandbox, lora: Lora) -> None:
         torch.testing.assert_close((tensors[b] @ tensors[a]).double(), goal, rtol=0, atol=1e-7)
     assert "misses 0.00% of the update; the trained factors without the magnitude would miss 0.00%"\
         in result.err  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [(), ("--for", "llama.cpp", "--max-rank", 7)])
+def test_a_plain_lora_is_left_alone(
+    box: Sandbox, lora: Lora, run: Callable[..., Result], options: tuple[object, ...]
+) -> None:
+    box.save_adapter({n: t for n, t in box.load_adapter().items() if "magnitude" not in n})
+    box.configure(box.adapter, use_dora=False)
+    before = digest(box.root)
+    result = lora(*options)
+    assert (result.code, result.out) == (0, "")
+    assert result.err.startswith("nothing to do: ")
+    assert "--rank" in result.err
+    # The base is not looked at.
+    report = run("to-lora", box.adapter, "-o", box.out, "--json").json
+    assert report["output"] is None
+    assert report["modules"] == []
+    assert digest(box.root) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "least", "most"),
+    [
+        (("--rank", 2), 2, 2),
+        (("--energy", 0.6), 1, 3),
+        (("--max-residual", 0.7), 1, 3),
+        (("--budget", f"{4 * 3 * (4 * HIDDEN + 2 * (HIDDEN + KEYS))}B"), 3, 3),
+    ],
+)
+def test_a_plain_lora_is_made_smaller(
+    box: Sandbox, lora: Lora, option: tuple[object, ...], least: int, most: int
+) -> None:
+    factors = {n: t for n, t in box.load_adapter().items() if "magnitude" not in n}
+    box.save_adapter(factors)
+    box.configure(box.adapter, use_dora=False)
+    assert lora(*option, "--for", "peft").code == 0
+    rank = config(box)["r"]
+    assert least <= rank <= most
+    for path in MODULES:
+        a, b = f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+        u, s, v = torch.linalg.svd(8 / RANK * factors[b].double() @ factors[a].double())
+        goal = u[:, :rank] * s[:rank] @ v[:rank]
+        got = stored(box)[b].double() @ stored(box)[a].double()
+        torch.testing.assert_close(got, goal, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "choice", [("--rank", 5), ("--energy", 0.5), ("--rank", 5, "--weight", "norm")]
+)
+def test_room_that_a_stack_asks_for_is_filled(
+    box: Sandbox, lora: Lora, choice: tuple[object, ...]
+) -> None:
+    """Ranks that are no rank of the stack cost as much as the next one, so they are that."""
+    result = lora(*choice)
+    assert result.code == 0
+    assert config(box)["r"] == 8
+    assert missed(box) == pytest.approx(optimum(box, 8), rel=2e-3)
+    assert ("rank 8, not 5: every stack stores no smaller one" in result.err) == (5 in choice)
+    assert {m["rank"] for m in lora(*choice, "--overwrite", "--json").json["modules"]} == {8}
+
+
+class Heard:
+    """A listener that adds up."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+
+    def started(self, nbytes: int) -> None:
+        assert not self.total
+        self.total = nbytes
+
+    def advanced(self, nbytes: int) -> None:
+        self.done += nbytes
+
+    def sealed(self, file: str) -> None:
+        raise AssertionError(file)
+
+
+def test_progress(box: Sandbox) -> None:
+    heard = Heard()
+    api.to_lora(box.adapter, box.out, base=box.base, listener=heard)
+    base = box.load_base()
+    assert heard.total == heard.done == sum(base[f"{path}.weight"].nbytes for path in MODULES)
+
+
+@pytest.mark.parametrize("quiet", ["-q", "--quiet"])
+def test_quiet(box: Sandbox, lora: Lora, quiet: str) -> None:
+    result = lora("--rank", 8, quiet)
+    assert (result.code, result.out) == (0, f"{box.out}\n")
+    assert "misses" not in result.err
 
 
 def test_ranks_by_energy(box: Sandbox, lora: Lora) -> None:

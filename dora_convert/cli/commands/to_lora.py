@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_convert.cli.console import note, printable, show_json, size
+from dora_convert.cli.console import note, printable, progress, show_json, size
 from dora_convert.cli.params import (
     PATH,
     base_option,
@@ -20,10 +20,11 @@ from dora_convert.cli.params import (
 )
 from dora_convert.core.lora import DEFAULT_RANK, RankChoice
 from dora_convert.core.tensors import DType
-from dora_convert.planning.stacks import STACKS
+from dora_convert.loras import loras
+from dora_convert.planning.stacks import STACKS, WITHOUT_LORA
 
 if TYPE_CHECKING:
-    from dora_convert.core.lora import LoraReport
+    from dora_convert.core.lora import FitReport, LoraReport
 
 __all__ = ["COMMAND"]
 
@@ -67,10 +68,33 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option(
     "--for",
     "stack",
-    type=click.Choice(list(STACKS)),
+    type=click.Choice([*STACKS, *WITHOUT_LORA]),
     default="any",
     show_default=True,
     help="Who is to load it.",
+)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(loras.names()),
+    help="File format [the first that the stack loads].",
+)
+@click.option(
+    "--weight",
+    type=click.Choice(["plain", "norm"]),
+    default="plain",
+    show_default=True,
+    help="Weight errors by the gain of the norm before a module.",
+)
+@click.option(
+    "--stats", type=PATH, metavar="FILE", help="Weight errors by what dora-convert stats wrote."
+)
+@click.option(
+    "--fit",
+    type=PATH,
+    metavar="FILE",
+    help="Then fit the factors to what the whole model, in memory, puts out on these texts; "
+    "one a line.",
 )
 @click.option("--compact", is_flag=True, help="A rank for each module, where the stack reads it.")
 @click.option("--exact", is_flag=True, help="Full decompositions instead of the iteration.")
@@ -95,6 +119,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @workers_option
 @click.option("--per-module", is_flag=True, help="List every module.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary.")
 @json_option
 @read_options
 def _to_lora(
@@ -107,6 +132,10 @@ def _to_lora(
     budget: int | None,
     max_rank: int,
     stack: str,
+    form: str | None,
+    weight: str,
+    stats: Path | None,
+    fit: Path | None,
     fail_above: float | None,
     dtype: str,
     seed: int,
@@ -116,37 +145,50 @@ def _to_lora(
     exact: bool,
     per_module: bool,
     overwrite: bool,
+    quiet: bool,
     as_json: bool,
     **reading: Any,
 ) -> None:
     """Approximate a DoRA by the best plain LoRA, for stacks that refuse DoRA.
 
     The effective update T = W' - W of each module has full rank in general: what the LoRA misses
-    of it is computed exactly and reported. OUTPUT is a PEFT adapter with lora_alpha = r.
+    of it is computed exactly and reported. OUTPUT is a folder, by default a PEFT adapter with
+    lora_alpha = r.
     """
     given = [v for v in (rank, energy, max_residual, budget) if v is not None]
     if len(given) > 1:
         raise click.UsageError("--rank, --energy, --max-residual and --budget exclude each other")
+    if stats is not None and weight != "plain":
+        raise click.UsageError("--weight norm and --stats exclude each other")
     from dora_convert import api
 
+    choice = RankChoice(
+        rank=rank,
+        energy=energy,
+        max_residual=max_residual,
+        budget=budget,
+        ceiling=max_rank,
+    )
     how = api.LoraOptions(
-        choice=RankChoice(
-            rank=rank if given else DEFAULT_RANK,
-            energy=energy,
-            max_residual=max_residual,
-            budget=budget,
-            ceiling=max_rank,
-        ),
+        choice=choice if given else None,
         stack=stack,
+        form=form,
         compact=compact,
         dtype=_DTYPES[dtype],
         exact=exact,
         seed=seed,
         limit=fail_above,
+        weight=weight,
+        stats=stats,
+        fit=fit,
         workers=workers,
         overwrite=overwrite,
     )
-    report = api.to_lora(adapter, output, base=base, options=reading_options(**reading), how=how)
+    options = reading_options(**reading)
+    with progress("approximating", quiet=quiet or as_json) as listener:
+        report = api.to_lora(
+            adapter, output, base=base, options=options, how=how, listener=listener
+        )
     if as_json:
         show_json("to-lora", report)
         return
@@ -158,7 +200,11 @@ def _to_lora(
                 f"{printable(module.path)}: rank {module.rank}, misses {module.residual:.2%} "
                 f"(without the magnitude {module.without_magnitude:.2%})"
             )
-    _summary(report)
+    if report.output is None:
+        note(report.advice)
+        return
+    if not quiet:
+        _summary(report)
     click.echo(report.output)
 
 
@@ -171,7 +217,23 @@ def _summary(report: LoraReport) -> None:
         f"misses {report.residual:.2%} of the update; the trained factors without the magnitude "
         f"would miss {report.without_magnitude:.2%}"
     )
+    if report.weighted_residual is not None:
+        note(f"misses {report.weighted_residual:.2%} of its effect on the weighted outputs")
+    if report.fit is not None:
+        note(_fitted(report.fit))
     note(report.advice)
+
+
+def _fitted(fit: FitReport) -> str:
+    if not fit.best_step:
+        return (
+            f"fitting made nothing better on {fit.held_out} held-out texts, where hidden states "
+            f"are {fit.before:.2%} off: the factors are as they were"
+        )
+    return (
+        f"fitted on {fit.texts} texts: on {fit.held_out} others hidden states are {fit.after:.2%} "
+        f"off the DoRA's, {fit.before:.2%} before"
+    )
 
 
 COMMAND = _to_lora

@@ -1,0 +1,105 @@
+"""How the inputs of each module are weighted in `to-lora`: by norms, by statistics, or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_convert.core.adapter import LayerKind
+from dora_convert.core.bundle import Checkpoint
+from dora_convert.core.lora import LoraLayer
+from dora_convert.errors import InputError, MismatchError
+from dora_convert.planning.norms import adds_one, norm_tensors
+from dora_convert.planning.resolve import Resolver
+from dora_convert.storage.mark import checkpoint_mark
+
+if TYPE_CHECKING:
+    from dora_convert.execution.project import Weights
+    from dora_convert.maths.weighting import Weight
+
+__all__ = ["check_weighting", "weighting"]
+
+_KNOWN = ("plain", "norm")
+
+
+def check_weighting(weight: str, stats: Path | None) -> None:
+    """Raise InputError for a name that is none, and for two ways at once."""
+    if weight not in _KNOWN:
+        known = ", ".join(_KNOWN)
+        raise InputError(f"there is no weighting named {weight!r}", hint=f"Known: {known}.")
+    if stats is not None and weight != "plain":
+        raise InputError("weight and stats exclude each other")
+
+
+def weighting(
+    weight: str,
+    stats: Path | None,
+    layers: Sequence[LoraLayer],
+    names: Resolver,
+    checkpoint: Checkpoint,
+) -> tuple[Weights | None, list[str]]:
+    """What `project` asks for each module's weight, None for plain, and notes on what it leaves."""
+    if stats is not None:
+        return _by_stats(stats, layers, checkpoint)
+    return _by_norm(layers, names, checkpoint) if weight == "norm" else (None, [])
+
+
+def _by_norm(
+    layers: Sequence[LoraLayer], names: Resolver, checkpoint: Checkpoint
+) -> tuple[Weights, list[str]]:
+    """Weights by the gain of the norm before a layer, and a note on those without one."""
+    from dora_convert.maths.weighting import Weight
+    from dora_convert.storage.reader import Reader
+
+    linear = _linear(layers)
+    gains = {
+        path: checkpoint.tensors[name]
+        for path, name in norm_tensors(linear, names).items()
+        if checkpoint.tensors[name].spec.shape == linear[path].shape[1:]
+    }
+    reader, shift = Reader(), 1 if adds_one(checkpoint.config) else 0
+
+    def weights(path: str) -> tuple[Weight, bool] | None:
+        if path not in gains:
+            return None
+        return Weight(None, reader.load(gains[path]).double() + shift), linear[path].flipped
+
+    without = sum(not layer.empty for layer in layers) - len(gains)
+    return weights, [f"{without} modules have no known norm before them: plain"] if without else []
+
+
+def _by_stats(
+    file: Path, layers: Sequence[LoraLayer], checkpoint: Checkpoint
+) -> tuple[Weights, list[str]]:
+    """Weights from a stats file. Raises MismatchError if it is another base's or lacks modules."""
+    from dora_convert.execution.stats import open_stats
+
+    if not file.exists():
+        raise InputError(f"there is no file {file.name}", where=str(file))
+    stats, linear = open_stats(file, mark=checkpoint_mark(checkpoint)), _linear(layers)
+    entries, problems = {}, []
+    for path, layer in linear.items():
+        entry = stats.find(path)
+        if entry is None:
+            problems.append(f"{path}: not in the file")
+        elif stats.size(entry) != layer.shape[1]:
+            problems.append(f"{path}: {layer.shape[1]} inputs, {stats.size(entry)} in the file")
+        else:
+            entries[path] = entry
+    if problems:
+        raise MismatchError(
+            "the statistics do not cover this adapter", where=str(file), problems=problems
+        )
+
+    def weights(path: str) -> tuple[Weight, bool] | None:
+        return (stats.weight(entries[path]), linear[path].flipped) if path in entries else None
+
+    without = sum(not layer.empty for layer in layers) - len(linear)
+    return weights, [f"{without} modules are no linear layers: plain"] if without else []
+
+
+def _linear(layers: Sequence[LoraLayer]) -> dict[str, LoraLayer]:
+    return {
+        layer.path: layer for layer in layers if layer.kind is LayerKind.LINEAR and not layer.empty
+    }
