@@ -452,9 +452,12 @@ def test_verify_a_result_of_another_dtype(box: Sandbox, verify: Callable[..., Re
 def test_formats(run: Callable[..., Result]) -> None:
     result = run("formats")
     assert result.code == 0
-    names = [line.split()[0] for line in result.out.splitlines()]
+    adapters, stacks, schemes = result.out.split("\n\n")
+    names = [line.split()[0] for line in adapters.splitlines()[1:]]
     assert names == sorted(names)
-    assert "peft         Hugging Face PEFT\n" in result.out
+    assert "  peft         Hugging Face PEFT\n" in adapters
+    assert "  vllm         vLLM" in stacks
+    assert "nf4" in schemes
     report = run("formats", "--json").json
     assert report["schema"] == "dora-convert/formats/1"
     assert list(report["adapters"]) == names
