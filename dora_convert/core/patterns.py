@@ -16,7 +16,7 @@ __all__ = ["first_matches"]
 _REPEATS = re.compile(r"[*+?{|]")
 
 # Others run in a child that can be stopped: CPython cannot interrupt its own matcher.
-_SECONDS = 2.0
+_SECONDS = 5.0
 _CHILD = """
 import json, re, sys
 patterns, paths = json.load(sys.stdin)
