@@ -17,6 +17,7 @@ from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.kernels import Buffers
+from dora_convert.execution.memory import trim
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update
 from dora_convert.maths.dora import RowFaults
@@ -166,6 +167,7 @@ def project(
             how = _How(exact, generator, None if weights is None else weights(path))
             factors, found[path] = _approximate(path, updates, choice, how)
         keep(path, factors)
+        trim()
 
     in_threads(list(modules.items()), work, workers)
     raise_faults(faults, "the update is not defined everywhere")

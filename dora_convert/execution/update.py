@@ -26,7 +26,7 @@ __all__ = ["Update", "open_update"]
 
 @dataclass(slots=True)
 class Update:
-    """See the module. `square` is ||T||², `by_magnitude` ||T - D||²: what D alone would miss.
+    """See the module. `by_magnitude` is ||T - D||²: what D alone would miss.
 
     `row_squares` `[out]` and `column_squares` `[in]` are the squared norms of T's rows and columns.
     """
@@ -40,7 +40,6 @@ class Update:
     by_row: bool
     factor: Tensor  # c, [out] or [in]
     excess: Tensor  # c - 1, taken in float64
-    square: float = 0.0
     by_magnitude: float = 0.0
     row_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
     column_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -50,6 +49,11 @@ class Update:
     def shape(self) -> tuple[int, int]:
         """`(rows, columns)` of the stored weight's part that the module covers."""
         return self.piece.stop - self.piece.start, self.base.spec.shape[1]
+
+    @property
+    def square(self) -> float:
+        """||T||²."""
+        return float(self.row_squares.sum())
 
     def times(self, x: Tensor) -> Tensor:
         """`T @ x`."""
@@ -98,10 +102,18 @@ class Update:
     def directions(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Blocks of V and of D."""
         for start, stop, work in self._rows():
-            update = torch.zeros_like(work)
+            update, _ = self.buffers.matrix("update", stop - start, work.shape[1], self.dtype)
             if self.operands.up is not None and self.operands.down is not None:
                 torch.matmul(self.operands.up[start:stop], self.operands.down, out=update)
+            else:
+                update.zero_()
             yield start, stop, work.add_(update), update
+
+    def squares(self, block: Tensor) -> Tensor:
+        """Every element's square in float64, until it is asked for again."""
+        rows, columns = block.shape
+        wide, _ = self.buffers.matrix("squares", rows, columns, torch.float64)
+        return wide.copy_(block).square_()
 
 
 @contextmanager
@@ -128,7 +140,6 @@ def open_update(
             # Norms of up @ down, from the small Gram matrices.
             update.row_squares = ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0)
             update.column_squares = (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0)
-            update.square = float(update.column_squares.sum())
         yield update
 
 
@@ -137,7 +148,8 @@ def _set_factors(update: Update, magnitude: Tensor) -> None:
         update.factor, update.excess = magnitude, (magnitude.double() - 1).to(update.dtype)
         return
     if update.by_row:
-        squares = torch.cat([v.double().square().sum(dim=1) for _, _, v, _ in update.directions()])
+        rows = [update.squares(v).sum(dim=1) for _, _, v, _ in update.directions()]
+        squares = torch.cat(rows)
     else:
         squares = torch.zeros(update.shape[1], dtype=torch.float64)
         for _, _, direction, _ in update.directions():
@@ -152,9 +164,7 @@ def _set_norms(update: Update) -> None:
         span = slice(start, stop) if update.by_row else slice(None)
         # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
         block = direction.mul_(update.excess[span].unsqueeze(1 if update.by_row else 0))
-        update.by_magnitude += float(block.square().sum(dtype=torch.float64))
-        block += low_rank
-        squares = block.double().square_()
+        update.by_magnitude += float(update.squares(block).sum())
+        squares = update.squares(block.add_(low_rank))
         update.row_squares[start:stop] = squares.sum(dim=1)
         update.column_squares += squares.sum(dim=0)
-        update.square += float(squares.sum())
