@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 
 from dora_convert.api.reading import ReadOptions
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.hub.locate import local_path
-from dora_convert.planning.families import quantization, transposed_leaves
+from dora_convert.planning.families import quantization, transposed_modules
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.selection import base_files
 
@@ -33,10 +32,5 @@ def _as_trained(checkpoint: Checkpoint, options: ReadOptions) -> Checkpoint:
     from dora_convert.execution.decoding import as_trained
 
     assert options.trained_on is not None
-    leaves = transposed_leaves(checkpoint.config)
-
-    def transposed(path: str) -> bool:
-        named = any(fnmatch.fnmatchcase(path, glob) for glob in options.transposed)
-        return named or path.rpartition(".")[2] in leaves
-
+    transposed = transposed_modules(checkpoint.config, options.transposed)
     return as_trained(checkpoint, options.trained_on, transposed=transposed)

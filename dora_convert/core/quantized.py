@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 from dora_convert.core.tensors import TensorSpec
 
-__all__ = ["QuantizedWeight", "Window"]
+__all__ = ["DECLARED_IN", "QuantizedWeight", "Window"]
+
+# Where a config says that its weights are quantised, and what by if it does not say.
+DECLARED_IN = {
+    "quantization_config": "unknown",
+    "compression_config": "compressed-tensors",
+    "quantization": "mlx",
+}
 
 
 @dataclass(frozen=True, slots=True)

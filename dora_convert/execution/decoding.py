@@ -12,15 +12,14 @@ import torch
 from dora_convert import quant
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.protocols import Dequantizer, Quantizer
-from dora_convert.core.quantized import QuantizedWeight
+from dora_convert.core.quantized import DECLARED_IN, QuantizedWeight
 from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.reader import Reader
 
 __all__ = ["as_trained", "decoded", "open_reader"]
 
-# What configs declare a quantisation in, and files that tools read instead of config.json.
-_KEYS = ("quantization_config", "compression_config", "quantization")
+# Files that tools read instead of config.json.
 _RECENT = 16  # weights whose numbers are kept
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
@@ -201,5 +200,5 @@ def _is_coded(ref: TensorRef) -> bool:
 
 def _without(config: Json) -> Json:
     """The config less what declares the quantisation, in its nested parts too."""
-    kept: dict[str, Any] = {key: value for key, value in config.items() if key not in _KEYS}
+    kept: dict[str, Any] = {key: value for key, value in config.items() if key not in DECLARED_IN}
     return {k: _without(v) if isinstance(v, dict) else v for k, v in kept.items()}

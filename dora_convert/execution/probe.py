@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +12,11 @@ from torch import Tensor
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.tensors import Reshaped, TensorRef
+from dora_convert.execution.sampling import indices, spread
 from dora_convert.execution.threads import in_threads
 from dora_convert.storage.reader import Reader
 
 __all__ = ["Fingerprint", "copy_differences", "fingerprint", "nonfinite"]
-
-T = TypeVar("T")
 
 _BLOCK = 8 << 20
 _MODULES = 48
@@ -104,12 +102,12 @@ def fingerprint(plan: Plan, reader: Reader, *, workers: int) -> Fingerprint | No
         and piece.module.magnitude is not None
         and piece.module.magnitude_is is MagnitudeKind.NORM
     ]
-    chosen = _spread(pairs, _MODULES)
+    chosen = spread(pairs, _MODULES)
     logs: list[tuple[Tensor, Tensor]] = []
 
     def compare(pair: tuple[TensorRef, DoraModule, int, int, int]) -> None:
         base, module, start, offset, count = pair
-        picked = _indices(count, _ROWS)
+        picked = indices(count, _ROWS)
         norms = torch.linalg.vector_norm(_rows(base, start + picked, reader), dim=1)
         assert module.magnitude is not None
         magnitude = reader.load(module.magnitude).double()[offset + picked].abs()
@@ -145,21 +143,12 @@ def copy_differences(
         if module.weight is None or module.path not in bases:
             continue
         copy, base = module.weight, bases[module.path]
-        rows = _indices(min(copy.spec.shape[0], base.spec.shape[0]), _ROWS)
+        rows = indices(min(copy.spec.shape[0], base.spec.shape[0]), _ROWS)
         mine, theirs = _rows(copy, rows, reader), _rows(base, rows, reader)
         scale = theirs.abs().amax()
         if bool(((mine - theirs).abs() > 0.01 * theirs.abs() + 1e-3 * scale).any()):
             different.append(module.path)
     return different
-
-
-def _spread(items: list[T], count: int) -> list[T]:
-    step = max(1, math.ceil(len(items) / count))
-    return items[::step]
-
-
-def _indices(count: int, wanted: int) -> Tensor:
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
 
 def _rows(ref: TensorRef, rows: Tensor, reader: Reader) -> Tensor:

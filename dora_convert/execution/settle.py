@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,6 +12,7 @@ from dora_convert.core.adapter import MagnitudeAxis, RowOrder
 from dora_convert.core.evidence import Moments, Sample, Stretch, Subject
 from dora_convert.core.heads import reordered
 from dora_convert.core.tensors import TensorRef
+from dora_convert.execution.sampling import indices, spread
 from dora_convert.execution.threads import in_threads
 from dora_convert.storage.reader import Reader
 
@@ -35,7 +35,7 @@ def samples(subjects: Sequence[Subject], reader: Reader, *, workers: int) -> lis
         if sample is not None:
             found.append(sample)
 
-    in_threads(_spread(subjects, _SAMPLED), measure, workers)
+    in_threads(spread(subjects, _SAMPLED), measure, workers)
     return sorted(found, key=lambda sample: sample.subject.module.path)
 
 
@@ -78,7 +78,7 @@ def _pooled(
     subjects: Sequence[Subject], measure: Callable[[Subject], dict[T, Moments]], workers: int
 ) -> dict[T, Moments]:
     parts: list[dict[T, Moments]] = []
-    in_threads(_spread(subjects, _WHOLE), lambda subject: parts.append(measure(subject)), workers)
+    in_threads(spread(subjects, _WHOLE), lambda subject: parts.append(measure(subject)), workers)
     found: dict[T, Moments] = {}
     for part in parts:
         for key, moments in part.items():
@@ -88,7 +88,7 @@ def _pooled(
 
 def _sample(subject: Subject, reader: Reader) -> Sample | None:
     m = _magnitude(subject.module.magnitude, reader)
-    picked = torch.linspace(0, len(m) - 1, min(len(m), _ROWS)).round().long()
+    picked = indices(len(m), _ROWS)
     norms = _picked_norms(subject.weight, picked, reader)
     m = m[picked]
     used = (m > 0) & (norms > 0)
@@ -150,8 +150,3 @@ def _norms(subject: Subject, reader: Reader) -> tuple[Tensor, Tensor]:
                 rows.append(block.sum(dim=1).sqrt())
                 columns += block.sum(dim=0)
     return torch.cat(rows), columns.sqrt()
-
-
-def _spread(items: Sequence[T], count: int) -> Sequence[T]:
-    step = max(1, math.ceil(len(items) / count))
-    return items[::step]

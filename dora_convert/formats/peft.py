@@ -29,6 +29,7 @@ from dora_convert.core.assembly import (
     magnitude,
 )
 from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.embeddings import HEADS, INPUTS
 from dora_convert.core.fields import Fields
 from dora_convert.core.peft_config import CONFIG, refuse_unmergeable, scalings, token_indices
 from dora_convert.core.peft_files import PEFT_PREFIX, peft_bundle
@@ -57,11 +58,6 @@ _PARTS: Final = {
 }
 _SAVED = re.compile(r"^(?P<path>.+?)\.modules_to_save\.(?P<rest>.+)$")
 _ORIGINAL = ".original_module."
-# Layers whose weights PEFT adds of itself when the vocabulary was resized (save_embedding_layers).
-_EMBEDDINGS = (
-    *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings"),
-    *("shared", "lm_head", "embed_out", "output_projection"),
-)
 
 
 @dataclass(slots=True)
@@ -338,7 +334,8 @@ def _replaced(
             # PEFT trains whatever has bias in its name, such as T5's relative_attention_bias.
             or (bias == "all" and "bias" in name)
             or (bias != "none" and leaf == "bias")
-            or (leaf in ("weight", "bias") and path.rpartition(".")[2] in _EMBEDDINGS)
+            # PEFT adds these of itself when the vocabulary was resized (save_embedding_layers).
+            or (leaf in ("weight", "bias") and path.rpartition(".")[2] in (*INPUTS, *HEADS))
         ):
             replaced[name] = ref
         else:

@@ -11,7 +11,7 @@ from dora_convert.core.pairs import Factor, LoraFile, Pair
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.errors import MismatchError
 from dora_convert.planning.lora import Lora, factor_shapes, spelled
-from dora_convert.storage.header import layout
+from dora_convert.storage.pairs import safetensors_file
 
 __all__ = ["FORMAT"]
 
@@ -21,15 +21,8 @@ class _Diffusers:
 
     def lay_out(self, lora: Lora) -> LoraFile:
         component = _component(lora)
-        pairs = tuple(_pair(component, layer, lora) for layer in lora.layers)
-        file = layout(factor.spec for pair in pairs for factor in (pair.down, pair.up))
-        return LoraFile(
-            name="pytorch_lora_weights.safetensors",
-            head=file.head,
-            starts=file.starts,
-            size=file.size,
-            pairs=pairs,
-        )
+        pairs = [_pair(component, layer, lora) for layer in lora.layers]
+        return safetensors_file("pytorch_lora_weights.safetensors", pairs)
 
 
 def _component(lora: Lora) -> str:

@@ -11,7 +11,7 @@ from dora_convert.core.plan import WrittenFile
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.errors import MismatchError
 from dora_convert.planning.lora import Lora, factor_shapes, spelled
-from dora_convert.storage.header import layout
+from dora_convert.storage.pairs import safetensors_file
 
 __all__ = ["FORMAT", "MODELS"]
 
@@ -30,17 +30,9 @@ class _Mlx:
                 f"the names that mlx-lm gives to the modules of model type {model!r} are not known",
                 hint=f"Known: {', '.join(sorted(MODELS))}. Or write a PEFT folder (--to peft).",
             )
-        pairs = tuple(_pair(layer, lora) for layer in lora.layers)
-        specs = (factor.spec for pair in pairs for factor in (pair.down, pair.up))
-        file = layout(specs, {"format": "mlx"})
-        return LoraFile(
-            name="adapters.safetensors",
-            head=file.head,
-            starts=file.starts,
-            size=file.size,
-            pairs=pairs,
-            documents=(WrittenFile("adapter_config.json", _config(lora)),),
-        )
+        pairs = [_pair(layer, lora) for layer in lora.layers]
+        documents = [WrittenFile("adapter_config.json", _config(lora))]
+        return safetensors_file("adapters.safetensors", pairs, documents, {"format": "mlx"})
 
 
 def _pair(layer: LoraLayer, lora: Lora) -> Pair:

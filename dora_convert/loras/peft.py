@@ -10,7 +10,7 @@ from dora_convert.core.peft_files import PEFT_PREFIX
 from dora_convert.core.plan import WrittenFile
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.planning.lora import Lora, factor_shapes, suffixes
-from dora_convert.storage.header import layout
+from dora_convert.storage.pairs import safetensors_file
 
 __all__ = ["FORMAT"]
 
@@ -19,16 +19,9 @@ class _Peft:
     title = "PEFT"
 
     def lay_out(self, lora: Lora) -> LoraFile:
-        pairs = tuple(_pair(layer, lora) for layer in lora.layers)
-        file = layout(factor.spec for pair in pairs for factor in (pair.down, pair.up))
-        return LoraFile(
-            name="adapter_model.safetensors",
-            head=file.head,
-            starts=file.starts,
-            size=file.size,
-            pairs=pairs,
-            documents=(WrittenFile("adapter_config.json", _config(lora)),),
-        )
+        pairs = [_pair(layer, lora) for layer in lora.layers]
+        documents = [WrittenFile("adapter_config.json", _config(lora))]
+        return safetensors_file("adapter_model.safetensors", pairs, documents)
 
 
 def _pair(layer: LoraLayer, lora: Lora) -> Pair:

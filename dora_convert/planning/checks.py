@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
 
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Bundle, Checkpoint
+from dora_convert.core.globs import matches_any
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.planning.families import quantization
 
@@ -16,7 +16,7 @@ __all__ = ["refuse_quantized", "scaled", "selected", "without"]
 
 def without(bundle: Bundle, globs: Sequence[str]) -> Bundle:
     """The bundle less the tensors that the user says to ignore."""
-    kept = {name: ref for name, ref in bundle.tensors.items() if not _any(name, globs)}
+    kept = {name: ref for name, ref in bundle.tensors.items() if not matches_any(name, globs)}
     return replace(bundle, tensors=kept)
 
 
@@ -30,7 +30,7 @@ def selected(adapter: Adapter, include: Sequence[str], exclude: Sequence[str]) -
     kept = {
         path: module
         for path, module in adapter.modules.items()
-        if (not include or _any(path, include)) and not _any(path, exclude)
+        if (not include or matches_any(path, include)) and not matches_any(path, exclude)
     }
     if not kept:
         sample = next(iter(adapter.modules))
@@ -66,7 +66,3 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.root),
             hint="Pass the 16-bit original with --base.",
         )
-
-
-def _any(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dora_convert.core.bundle import Json
+from dora_convert.core.embeddings import HEADS, INPUTS
+from dora_convert.core.globs import matches_any
+from dora_convert.core.quantized import DECLARED_IN
 
 __all__ = [
     "HEAD_TASKS",
@@ -18,7 +21,7 @@ __all__ = [
     "task_head",
     "text_configs",
     "ties_masked_head",
-    "transposed_leaves",
+    "transposed_modules",
 ]
 
 # Tasks for which PEFT puts a new head on the model, which no base checkpoint holds.
@@ -33,19 +36,6 @@ _CONV1D: Mapping[str, frozenset[str]] = {
     "clvp_decoder": frozenset({"c_fc", "c_proj"}),
 }
 
-# Where a config says that its weights are quantised, and what by if it does not say.
-_QUANTIZATION = {
-    "quantization_config": "unknown",
-    "compression_config": "compressed-tensors",
-    "quantization": "mlx",
-}
-
-# The names that causal language models of transformers give to both ends.
-_INPUTS = (
-    *("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings"),
-    "shared",
-)
-_HEADS = ("lm_head", "embed_out", "output_projection")
 _HEADED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeadsModel")
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 # Classes without a head over the vocabulary; a name that says nothing may have one.
@@ -79,10 +69,16 @@ def model_types(config: Json) -> frozenset[str]:
     return frozenset(t for t in found if isinstance(t, str))
 
 
-def transposed_leaves(config: Json) -> frozenset[str]:
+def _transposed_leaves(config: Json) -> frozenset[str]:
     """Last parts of the paths of modules whose weight is stored `[in, out]`."""
     empty: frozenset[str] = frozenset()
     return empty.union(*(_CONV1D.get(t, empty) for t in model_types(config)))
+
+
+def transposed_modules(config: Json, globs: Sequence[str]) -> Callable[[str], bool]:
+    """Whether the weight at a path is stored `[in, out]`, by its class or by `globs`."""
+    leaves = _transposed_leaves(config)
+    return lambda path: path.rpartition(".")[2] in leaves or matches_any(path, globs)
 
 
 def text_configs(config: Json) -> list[str]:
@@ -97,7 +93,7 @@ def text_configs(config: Json) -> list[str]:
 def quantization(config: Json) -> str | None:
     """The quantisation method that the config declares, if any."""
     for part in (config, *(config[key] for key in text_configs(config))):
-        for key, default in _QUANTIZATION.items():
+        for key, default in DECLARED_IN.items():
             declared = part.get(key)
             if isinstance(declared, dict):
                 return str(declared.get("quant_method", default))
@@ -106,12 +102,12 @@ def quantization(config: Json) -> str | None:
 
 def input_embedding(path: str) -> bool:
     """Whether a module path is that of an input embedding over the vocabulary."""
-    return path.rpartition(".")[2] in _INPUTS
+    return path.rpartition(".")[2] in INPUTS
 
 
 def head_of(path: str) -> bool:
     """Whether a module path is that of an output head over the vocabulary."""
-    return path.rpartition(".")[2] in _HEADS
+    return path.rpartition(".")[2] in HEADS
 
 
 def language_head(name: str) -> bool:

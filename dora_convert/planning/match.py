@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from dora_convert.planning.families import (
     input_embedding,
     is_tied,
     task_head,
-    transposed_leaves,
+    transposed_modules,
 )
 from dora_convert.planning.names import Rows, Unsupported
 from dora_convert.planning.resolve import Resolver, resolver
@@ -67,10 +66,10 @@ def match(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str]
         matching.problems.append(
             f"the module paths fit the base's names in several ways, with the prefixes {choices}"
         )
-    leaves = transposed_leaves(checkpoint.config)
+    is_transposed = transposed_modules(checkpoint.config, transposed)
     any_flipped = False
     for path, module in adapter.modules.items():
-        flip = path.rpartition(".")[2] in leaves or _named(path, transposed)
+        flip = is_transposed(path)
         any_flipped |= flip
         target = _target(module, checkpoint, names, matching.problems, flip=flip)
         if target is not None:
@@ -81,10 +80,6 @@ def match(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str]
     _check_overlaps(matching)
     _check_created(matching)
     return matching
-
-
-def _named(path: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
 
 
 def _check_orientation(adapter: Adapter, matching: Matching, *, any_flipped: bool) -> None:

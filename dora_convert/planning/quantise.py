@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, replace
 
+from dora_convert.core.globs import matches_any
 from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Piece, Quantise
 from dora_convert.core.protocols import Quantizer
 from dora_convert.core.quantized import QuantizedWeight
@@ -38,7 +38,7 @@ def quantised(
     kept = []
     for name, job in outputs.jobs.items():
         path = name.removesuffix(".weight")
-        if not scheme.quantizer.takes(job.output) or _is_kept(path, scheme):
+        if not scheme.quantizer.takes(job.output) or matches_any(path, scheme.keep_dense):
             jobs[name] = job
             is_matrix = name.endswith(".weight") and len(job.output.shape) == 2
             if is_matrix and not input_embedding(path):
@@ -50,10 +50,6 @@ def quantised(
                 beside[part.output.name] = outputs.beside.get(name, name)
     heads = [path for path in outputs.jobs if head_of(path.removesuffix(".weight"))]
     return Outputs(jobs, beside), (*kept, *(() if heads else ("lm_head",)))
-
-
-def _is_kept(path: str, scheme: Scheme) -> bool:
-    return any(fnmatch.fnmatchcase(path, glob) for glob in scheme.keep_dense)
 
 
 def _jobs(job: Job, scheme: Scheme, problems: list[str]) -> list[Job]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from dora_convert.core.adapter import (
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.evidence import Moments, Stretch, Subject, fits_better
 from dora_convert.errors import MismatchError
-from dora_convert.planning.families import transposed_leaves
+from dora_convert.planning.families import transposed_modules
 from dora_convert.planning.names import Unsupported
 from dora_convert.planning.resolve import Resolver, resolver
 
@@ -56,12 +55,10 @@ def subjects(
     What is not found is told by `plan_merge`, with all else that does not fit.
     """
     names = resolver(checkpoint, adapter.modules)
-    leaves = transposed_leaves(checkpoint.config)
+    is_transposed = transposed_modules(checkpoint.config, transposed)
     found = []
     for path, module in adapter.modules.items():
-        flip = path.rpartition(".")[2] in leaves or any(
-            fnmatch.fnmatchcase(path, glob) for glob in transposed
-        )
+        flip = is_transposed(path)
         weight = _weight(module, checkpoint, names)
         if module.magnitude is not None and module.kind is LayerKind.LINEAR and weight:
             subject = Subject(module, weight, is_transposed=flip)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import struct
 from collections import defaultdict
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.globs import matches_any
 from dora_convert.core.tensors import DType, Pickled, Slice, TensorRef
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
@@ -98,7 +98,7 @@ def _choose(root: Path, names: list[str], globs: Sequence[str]) -> list[str]:
 
 
 def _named(root: Path, names: list[str], globs: Sequence[str]) -> list[str]:
-    found = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
+    found = [name for name in names if matches_any(name, globs)]
     if not found:
         held = some(contents(root)) or "nothing"
         raise InputError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
+from dora_convert.core.globs import matches_any
 from dora_convert.storage.checkpoint import is_carried
 from dora_convert.storage.weights import PICKLES
 
@@ -22,7 +22,7 @@ def adapter_files(names: Sequence[str], globs: Sequence[str] = ()) -> list[str]:
     tensors = [name for name in top if name.endswith((_TENSORS, _INDEX))]
     pickles = [name for name in top if name.endswith(PICKLES)]
     weights = (
-        [name for name in top if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
+        [name for name in top if matches_any(name, globs)]
         or [name for name in tensors if name.startswith(_USUAL)]
         or tensors
         or [name for name in pickles if name.startswith(_USUAL_PICKLES)]
