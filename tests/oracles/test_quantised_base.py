@@ -18,7 +18,7 @@ from dora_convert.core.lora import RankChoice
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError
 
-from .models import Trained, outputs, quiet, tokens, train
+from .models import Trained, merged_by_formula, outputs, quiet, tokens, train
 
 TILE = 128
 
@@ -96,14 +96,8 @@ def test_merge_is_dense_and_exact(case: Trained, tmp_path: Path) -> None:
     adapter = load_file(case.adapter / "adapter_model.safetensors")
     assert got.keys() == {name for name in stored if not name.endswith("_scale_inv")}
     for name in (n for n in got if n.endswith("_proj.weight")):
-        expected = decoded(name, stored)
-        key = f"base_model.model.{name.removesuffix('.weight')}."
-        if key + "lora_magnitude_vector" in adapter:
-            down, up = adapter[key + "lora_A.weight"], adapter[key + "lora_B.weight"]
-            direction = expected + 2.0 * up.double() @ down.double()
-            length = direction.square().sum(dim=1, keepdim=True).sqrt()
-            magnitude = adapter[key + "lora_magnitude_vector"].double().unsqueeze(1)
-            expected = magnitude * direction / length
+        path = name.removesuffix(".weight")
+        expected = merged_by_formula(path, decoded(name, stored), adapter, scaling=2.0)
         assert (got[name].double() - expected).abs().max() < 2e-7
 
 

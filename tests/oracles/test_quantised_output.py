@@ -17,7 +17,7 @@ from dora_convert.api.bases import open_base
 from dora_convert.errors import InputError, MismatchError, VerificationError
 from dora_convert.execution.decoding import open_reader
 
-from .models import Trained, load, outputs, quiet, tokens, train
+from .models import Trained, load, merged_by_formula, outputs, quiet, tokens, train
 
 WIDTH = 256
 MODULES = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -65,18 +65,10 @@ def dense(case: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What is to be stored: the formula in float64, from PEFT's file."""
     stored = load_file(case.base / "model.safetensors")
     adapter = load_file(case.adapter / "adapter_model.safetensors")
-    found = {}
-    for name, weight in stored.items():
-        exact = weight.double()
-        key = f"base_model.model.{name.removesuffix('.weight')}."
-        if key + "lora_magnitude_vector" in adapter:
-            down, up = adapter[key + "lora_A.weight"], adapter[key + "lora_B.weight"]
-            direction = exact + 2.0 * up.double() @ down.double()
-            length = direction.square().sum(dim=1, keepdim=True).sqrt()
-            magnitude = adapter[key + "lora_magnitude_vector"].double().unsqueeze(1)
-            exact = magnitude * direction / length
-        found[name] = exact
-    return found
+    return {
+        name: merged_by_formula(name.removesuffix(".weight"), weight, adapter, scaling=2.0)
+        for name, weight in stored.items()
+    }
 
 
 def written(case: Trained, out: Path, scheme: str, **how: Any) -> Path:
