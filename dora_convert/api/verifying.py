@@ -10,7 +10,7 @@ from dora_convert.api.settling import settled
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.reports import Verification
 from dora_convert.core.tensors import DType
-from dora_convert.errors import VerificationError
+from dora_convert.errors import InputError, VerificationError
 from dora_convert.planning.families import quantization
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.quantise import Scheme
@@ -68,7 +68,14 @@ def _scheme(merged: Checkpoint) -> Scheme | None:
         return None
     from dora_convert import quant
 
-    (scheme,) = quant.detect(merged.config)
+    found = quant.detect(merged.config)
+    if len(found) > 1:
+        raise InputError(
+            f"the checkpoint is stored in several schemes: {', '.join(found)}",
+            where=str(merged.root),
+            hint="merge --quantize writes one; such a checkpoint cannot be recomputed.",
+        )
+    (scheme,) = found
     dense = (
         n.removesuffix(".weight") for n, ref in merged.tensors.items() if ref.spec.dtype.is_weight
     )

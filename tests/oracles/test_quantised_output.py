@@ -160,6 +160,17 @@ def test_verify_finds_a_changed_code(case: Trained, tmp_path: Path) -> None:
     assert any("model.layers.1.mlp.down_proj" in p for p in caught.value.problems)
 
 
+def test_verify_names_a_checkpoint_of_several_schemes(case: Trained, tmp_path: Path) -> None:
+    out = written(case, tmp_path / "out", "w4a16")
+    other = written(case, tmp_path / "other", "w8a8")
+    mine, theirs = (json.loads((at / "config.json").read_text()) for at in (out, other))
+    group = theirs["quantization_config"]["config_groups"]["group_0"]
+    mine["quantization_config"]["config_groups"]["group_1"] = group
+    (out / "config.json").write_text(json.dumps(mine))
+    with pytest.raises(InputError, match="several schemes: w4a16, w8a8"):
+        api.verify(out, adapter=case.adapter, base=case.base)
+
+
 def test_a_shape_that_the_scheme_cannot_hold(tmp_path: Path) -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
