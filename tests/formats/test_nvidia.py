@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from dora_convert import api
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError
@@ -15,6 +20,7 @@ CONFIG: dict[str, Any] = {"peft_type": "DORA", "r": 4, "lora_alpha": 12}
 Q = "model.layers.0.self_attn.q_proj"
 UP = "model.layers.0.mlp.up_proj"
 PREFIX = "base_model.model."
+NVIDIA = Path(__file__).parents[2] / "fixtures" / "nvidia"
 
 
 def magnitude(path: str, *shape: int) -> dict[str, TensorRef]:
@@ -192,3 +198,68 @@ def test_no_config() -> None:
     with pytest.raises(InputError) as caught:
         FORMAT.read(bundle(layer(), None))
     assert any("adapter_config.json is missing" in p for p in caught.value.problems)
+
+
+# The LLaVA fork: its mark is how the config spells the list of magnitude-only modules.
+LLAVA: dict[str, Any] = {"wdecompose_target_modules": ["up_proj"]}
+
+
+def as_llava(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """The names of its second file: with the adapter's name in them."""
+    names = {name: name.replace("wdecomp.weight", "wdecomp.default.weight") for name in tensors}
+    return {new: ref(new, *tensors[old].spec.shape) for old, new in names.items()}
+
+
+def test_llava_names() -> None:
+    module = read(as_llava(layer()), **LLAVA).modules[Q]
+    assert module.magnitude is not None
+    assert (module.magnitude.spec.shape, module.scaling) == ((6,), 3.0)
+
+
+def test_llava_does_not_use_a_magnitude_alone() -> None:
+    found = read(as_llava(layer() | magnitude(UP, 14, 1)), **LLAVA)
+    assert list(found.modules) == [Q]
+    assert "1 modules have a magnitude alone" in found.notes[0]
+
+
+def test_llava_keeps_the_projector() -> None:
+    name = f"{PREFIX}model.mm_projector.0.weight"
+    found = read(as_llava(layer()) | {name: ref(name, 8, 6)}, **LLAVA)
+    assert list(found.replaced) == ["model.mm_projector.0.weight"]
+
+
+def test_llava_files_merge(tmp_path: Path) -> None:
+    """The reference's tensors as its LLaVA trainer lays them out, against float64."""
+    tensors = torch.load(NVIDIA / "adapter" / "adapter_model.bin", weights_only=True)
+    first = {name: t for name, t in tensors.items() if "wdecomp" not in name}
+    second = {
+        name.replace("wdecomp.weight", "wdecomp.default.weight"): t
+        for name, t in tensors.items()
+        if "wdecomp" in name
+    }
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    torch.save(first, adapter / "adapter_model.bin")
+    torch.save(second, adapter / "non_lora_trainables.bin")
+    config = json.loads((NVIDIA / "adapter" / "adapter_config.json").read_text())
+    alone = config.pop("Wdecompose_target_modules")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"wdecompose_target_modules": alone})
+    )
+    options = api.ReadOptions(allow_pickle=True)
+    api.merge(adapter, tmp_path / "out", base=NVIDIA / "base", options=options)
+    base = load_file(NVIDIA / "base" / "model.safetensors")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    touched = set()
+    for name, weight in base.items():
+        key = PREFIX + name.removesuffix(".weight")
+        expected = weight.double()
+        if f"{key}.lora_A.weight" in tensors:
+            down, up = (tensors[f"{key}.lora_{part}.weight"].double() for part in "AB")
+            v = expected + config["lora_alpha"] / config["r"] * up @ down
+            m = tensors[f"{key}.weight_m_wdecomp.weight"].double()
+            expected = m * v / v.square().sum(dim=1, keepdim=True).sqrt()
+            touched.add(name)
+        # One rounding to float16.
+        assert torch.allclose(merged[name].double(), expected, rtol=2**-10, atol=1e-7), name
+    assert touched

@@ -88,6 +88,8 @@ def test_prefix_and_adapter_name(prefix: str, raw: bool) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "module.base_model.model.model.layers.0.self_attn.q_proj",
+        "module._orig_mod.base_model.model.model.layers.0.self_attn.q_proj",
         "_orig_mod.base_model.model.model.layers.0.self_attn.q_proj",
         "base_model.model._orig_mod.model.layers.0.self_attn.q_proj",
         "base_model.model.model.layers.0._fsdp_wrapped_module.self_attn.q_proj",
