@@ -40,7 +40,22 @@ def guarded(command: click.Command) -> NoReturn:
         code = 128 + error.number
     # Python gives signals back their default meaning, death, some time before it is gone.
     _handle_signals(signal.SIG_IGN)
+    _flush_notes()
     sys.exit(code)
+
+
+def _flush_notes() -> None:
+    """At exit Python would flush stderr itself, and turn what nobody can read into code 120."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _discard(sys.stderr)
+
+
+def _discard(stream: TextIO) -> None:
+    """What the stream still holds would be tried again, and complained of, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _handle_signals(handler: _Stop | signal.Handlers) -> None:
@@ -135,8 +150,7 @@ def _write(stream: TextIO, held: _Held) -> None:
         stream.buffer.write(held.buffer.read())
         stream.flush()
     except OSError as error:
-        # What the stream still holds would be tried again, and complained of, at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _discard(stream)
         # A reader that left early, such as `head`, has all that it wants.
         if not isinstance(error, BrokenPipeError):
             raise _StdoutError(os.strerror(error.errno or 0).lower()) from error

@@ -31,6 +31,9 @@ def start(
 ) -> Iterator[Callable[..., Result]]:
     """Run the entry point, then give the signals back their handlers."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
+    # Whoever runs the tests may ignore some, as nohup does.
+    for number in NUMBERS:
+        signal.signal(number, signal.default_int_handler)
 
     def start(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["dora-convert", *map(str, arguments)])

@@ -191,13 +191,21 @@ def test_stdout_that_is_full(arguments: Sequence[str]) -> None:
     assert "cannot be written to standard output: no space left on device" in line
 
 
-def test_stderr_that_is_full(box: Sandbox) -> None:
-    """Notes are lost then, and nothing else."""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_stderr_that_is_full(box: Sandbox, unbuffered: str) -> None:
+    """Notes are lost then, and nothing else; also those that Python itself still holds."""
     command = [*PROGRAM, *merge_arguments(box)]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, check=False)
+
+        def run(*words: str) -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=full, check=False, env=environment
+            )
+
+        done = run(*command)
         assert (done.returncode, done.stdout) == (0, os.fsencode(f"{box.out}\n"))
-        assert subprocess.run([*PROGRAM, "merg"], stderr=full, check=False).returncode == 2
+        assert run(*PROGRAM, "merg").returncode == 2
 
 
 def test_no_streams_at_all() -> None:
