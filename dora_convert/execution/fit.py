@@ -31,7 +31,7 @@ __all__ = ["STEPS", "Addition", "Dora", "Encode", "Pairs", "check_texts", "doras
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 # `left [out, k]` and `right [k, in]` of each layer, in the layer's own sense.
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
-# Chosen on a trained adapter, ranks 8 to 128: see docs/to-lora.md.
+# Chosen on a trained adapter at ranks 8 and 32: see docs/to-lora.md.
 STEPS = 200
 _BATCH = 16
 _WARM = 0.1  # share of the steps

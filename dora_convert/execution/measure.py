@@ -15,7 +15,7 @@ from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.kernels import Operands, figure_dtype
 from dora_convert.execution.threads import in_threads
-from dora_convert.maths.compare import ModuleSums, block_sums
+from dora_convert.maths.compare import ModuleSums, block_sums, relative
 from dora_convert.maths.dora import add_update
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.reader import Reader
@@ -61,13 +61,13 @@ def figures(parts: Sequence[ModuleSums], stored_as: str) -> Figures:
     mean = total.ratio / max(total.rows, 1)
     variance = total.ratio_square / max(total.rows, 1) - mean * mean
     return Figures(
-        update=_root(total.update, total.base),
-        effect=_root(total.effect, total.base),
+        update=relative(total.update, total.base),
+        effect=relative(total.effect, total.base),
         magnitude_shift=_share(total.magnitude_shift, total.magnitude_base),
         magnitude_bias=mean,
         magnitude_spread=math.sqrt(max(variance, 0.0)),
         direction_shift=total.direction_shift / max(total.rows, 1),
-        rounding_loss=_root(total.noise, total.effect),
+        rounding_loss=relative(total.noise, total.effect),
         kept=_share(total.kept, total.effect),
         stored_as=stored_as,
     )
@@ -147,7 +147,3 @@ def _as_norms(magnitude: Tensor | None, direction: Tensor, module: DoraModule) -
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _root(part: float, whole: float) -> float:
-    return math.sqrt(_share(part, whole))

@@ -20,6 +20,7 @@ from dora_convert.execution.kernels import Buffers
 from dora_convert.execution.memory import trim
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update
+from dora_convert.maths.compare import relative
 from dora_convert.maths.dora import RowFaults
 from dora_convert.maths.lowrank import (
     Factors,
@@ -91,7 +92,7 @@ class Spectrum:
             path=self.path,
             rank=min(rank, len(self.singular)),
             residual=self.residual(rank),
-            without_magnitude=math.sqrt(self.by_magnitude / self.square) if self.square else 0.0,
+            without_magnitude=relative(self.by_magnitude, self.square),
             energies=(first, second, third),
             update=math.sqrt(self.square),
             weighted_residual=self.weighted_residual(rank),
@@ -265,15 +266,11 @@ def residuals(
         crossed = (operator.transposed_times(left).double() * right.T).sum(dim=1)
         rest = columns - 2 * crossed + ((left.T @ left @ right) * right).sum(dim=0)
         rest = rest.clamp_min(0)
-        plain = _ratio(float(rest.sum()), float(columns.sum()))
+        plain = relative(float(rest.sum()), float(columns.sum()))
         if weight is None:
             return plain, None
         missed = weight.square(_Missed(operator, left, right), rest)
-        return plain, _ratio(missed, weight.square(operator, columns))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else 0.0
+        return plain, relative(missed, weight.square(operator, columns))
 
 
 def _columns(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:

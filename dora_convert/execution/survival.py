@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from dora_convert import quant
 from dora_convert.core.plan import Quantise
 from dora_convert.core.reports import Survival, SurvivalFigures
+from dora_convert.maths.compare import relative
 from dora_convert.maths.survival import SurvivalSums, changed_codes, survival_sums
 
 __all__ = ["Meter", "survival"]
@@ -82,13 +82,9 @@ def _figures(sums: SurvivalSums) -> SurvivalFigures:
     return SurvivalFigures(
         # Of no update nothing is lost.
         kept=sums.kept / sums.effect if sums.effect else 1.0,
-        noise=_root(sums.noise, sums.effect),
-        plain_noise=_root(sums.plain, sums.effect),
-        error=_root(sums.noise, sums.merged),
-        plain_error=_root(sums.plain, sums.base),
+        noise=relative(sums.noise, sums.effect),
+        plain_noise=relative(sums.plain, sums.effect),
+        error=relative(sums.noise, sums.merged),
+        plain_error=relative(sums.plain, sums.base),
         codes_changed=sums.changed / sums.elements,
     )
-
-
-def _root(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from dora_convert.maths.dora import RowFaults
 
-__all__ = ["ModuleSums", "block_sums"]
+__all__ = ["ModuleSums", "block_sums", "relative"]
 
 
 @dataclass(slots=True)
@@ -75,6 +76,11 @@ def block_sums(
         ratio=_total(log_ratio),
         ratio_square=_total(log_ratio.square()),
     )
+
+
+def relative(part: float, whole: float) -> float:
+    """The ratio of two norms, from their squares; 0 of nothing."""
+    return math.sqrt(part / whole) if whole else 0.0
 
 
 def _square(x: Tensor) -> float:
