@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import venv
 from collections.abc import Callable
 from email.parser import Parser
@@ -68,8 +67,8 @@ def _once(name: str, build: Callable[[Path], None]) -> Path:
 def _build_llama_cpp(folder: Path) -> None:
     pip("download", LLAMA_CPP, "--no-binary", "llama-cpp-python", "--no-deps", "-d", folder)
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    # Not tarfile: without its filter it warns in new versions, and the first of 3.11 has none.
+    call("tar", "-xzf", archive, "-C", folder)
     (unpacked,) = folder.glob("llama_cpp_python-*/")
     pip("install", "--no-deps", "--upgrade", "--target", folder / "site", unpacked, "diskcache",
         CMAKE_ARGS="-DLLAVA_BUILD=OFF")  # fmt: skip
