@@ -77,6 +77,23 @@ def test_light_commands(poor: Mapping[str, str], arguments: Sequence[str]) -> No
     assert b"was imported" not in done.stderr
 
 
+def test_the_list_of_commands_imports_no_machinery() -> None:
+    """Planning is half of what a command imports, and its plug-ins' entry points a fifth more."""
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_module("dora_convert", run_name="__main__")
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    imported = set(done.stderr.split())
+    assert "dora_convert.cli.commands.to_lora" in imported
+    heavy = {"dora_convert.loras", "dora_convert.planning.planner", "importlib.metadata"}
+    assert not imported & heavy
+
+
 def test_reading_headers_is_light(box: Sandbox, poor: Mapping[str, str]) -> None:
     done = process("inspect", box.adapter, variables=poor)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +21,44 @@ from dora_convert.cli.params import (
 )
 from dora_convert.core.lora import DEFAULT_RANK, RankChoice
 from dora_convert.core.tensors import DType
-from dora_convert.loras import loras
 from dora_convert.planning.stacks import STACKS, WITHOUT_LORA
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from dora_convert.core.lora import FitReport, LoraReport
+
+    _Text = click.ParamType[str]
+else:
+    _Text = click.ParamType  # which older versions of click have no parameter for
 
 __all__ = ["COMMAND"]
 
 _DTYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "float16": DType.F16}
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
+
+
+class _Form(_Text):
+    """The file formats, looked up where they are asked for: the list of commands does without."""
+
+    name = "form"
+
+    @cached_property
+    def _choice(self) -> click.Choice[str]:
+        from dora_convert.loras import loras
+
+        return click.Choice(loras.names())
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self._choice.get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return self._choice.convert(value, param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return self._choice.shell_complete(ctx, param, incomplete)
 
 
 @click.command(
@@ -76,7 +105,7 @@ _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option(
     "--to",
     "form",
-    type=click.Choice(loras.names()),
+    type=_Form(),
     help="File format [the first that the stack loads].",
 )
 @click.option(
