@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_convert.api.bases import open_base
+from dora_convert.api.bases import fetch_merged, open_base
 from dora_convert.api.reading import ReadOptions, checked, read_adapter, worker_count
 from dora_convert.api.settling import settled
 from dora_convert.core.reports import Figures, Inspection
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.settle import open_questions
 from dora_convert.report.inspection import inspection
+from dora_convert.storage.sparse import released
 
 __all__ = ["inspect"]
 
 
+@released()
 def inspect(
     adapter: Path,
     *,
@@ -33,9 +35,10 @@ def inspect(
     if base is None:
         notes = open_questions(found)
         return inspection(found, name=str(adapter), per_module=per_module, notes=notes)
-    checkpoint = open_base(base, options)
+    checkpoint = open_base(base, options, in_part=True)
     found = settled(found, checkpoint, transposed=options.transposed)
     proposal = plan_merge(found, checkpoint, transposed=options.transposed)
+    fetch_merged(proposal.plan)
     notes = checked(proposal, found, adapter, base)
 
     from dora_convert.execution.measure import figures, module_sums, storage_label
@@ -47,7 +50,9 @@ def inspect(
         return figures([sums[path] for path in paths if path in sums], label)
 
     undefined = {
-        path: part.faults.zero + part.faults.nonfinite for path, part in sums.items() if part.faults
+        path: int(part.faults.zero + part.faults.nonfinite)
+        for path, part in sums.items()
+        if part.faults
     }
     if undefined:
         first = next(iter(undefined))

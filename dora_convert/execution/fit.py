@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from dora_convert.core.lora import FitReport
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.execution.decoding import open_reader
-from dora_convert.execution.kernels import Buffers
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.project import Part
 from dora_convert.execution.update import open_update
 

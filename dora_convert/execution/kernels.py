@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Quantise, ScaleBias
 from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef
 from dora_convert.errors import InputError
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.units import Unit
 from dora_convert.maths.dora import (
     RowFaults,
@@ -28,8 +30,6 @@ from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
 __all__ = [
-    "BLOCK_BYTES",
-    "Buffers",
     "Input",
     "Operands",
     "Output",
@@ -39,41 +39,6 @@ __all__ = [
     "sum_columns",
     "work_dtype",
 ]
-
-# A block and its float32 copy stay in a core's cache: measured best from 0.5 to 2 MB.
-BLOCK_BYTES = 1 << 20
-
-
-class Buffers:
-    """A worker's memory, reused for every block; grows to the longest row, never with the model.
-
-    The views of it are kept too: making them anew for every block costs as much as a pass over it.
-    """
-
-    def __init__(self) -> None:
-        self._bytes: dict[str, Tensor] = {}
-        self._views: dict[str, tuple[tuple[int, int, torch.dtype], Tensor, Tensor]] = {}
-
-    def take(self, kind: str, nbytes: int) -> Tensor:
-        """At least `nbytes` bytes that belong to `kind` until it is taken again."""
-        held = self._bytes.get(kind)
-        if held is None or held.numel() < nbytes:
-            held = self._bytes[kind] = torch.empty(max(nbytes, BLOCK_BYTES), dtype=torch.uint8)
-            self._views.pop(kind, None)
-        return held
-
-    def matrix(
-        self, kind: str, rows: int, columns: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """A `[rows, columns]` matrix in the memory of `kind`, and the bytes under it."""
-        key = (rows, columns, dtype)
-        nbytes = rows * columns * dtype.itemsize
-        memory = self.take(kind, nbytes)
-        held = self._views.get(kind)
-        if held is None or held[0] != key:
-            flat = memory[:nbytes]
-            held = self._views[kind] = (key, flat.view(dtype).view(rows, columns), flat)
-        return held[1], held[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +51,7 @@ class Operands:
 
     @staticmethod
     def load(reader: Reader, piece: Piece, start: int, stop: int, dtype: torch.dtype) -> Operands:
-        """Factors of rows `start:stop` of the output, which lie inside the piece."""
+        """Factors of rows `start:stop` of the output, which lie inside the piece, on the CPU."""
         module = piece.module
         a, b = start - piece.start + piece.offset, stop - piece.start + piece.offset
         down = up = magnitude = None
@@ -98,6 +63,13 @@ class Operands:
             if module.axis is MagnitudeAxis.OUT:
                 magnitude = magnitude[a:b]
         return Operands(down, up, magnitude)
+
+    def on(self, device: torch.device) -> Operands:
+        """The same factors there."""
+        if device.type == "cpu":
+            return self
+        moved = (None if t is None else t.to(device) for t in (self.down, self.up, self.magnitude))
+        return Operands(*moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +137,11 @@ def _column_squares(
     unit: Unit, base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
 ) -> Tensor:
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
-    operands = Operands.load(reader, piece, unit.start, unit.stop, dtype)
-    total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
+    operands = Operands.load(reader, piece, unit.start, unit.stop, dtype).on(buffers.device)
+    total = torch.zeros(base.spec.shape[1], dtype=torch.float64, device=buffers.device)
     for _, _, direction in _directions(unit, base, operands, reader, buffers):
         total += square_sums(direction)
-    return total
+    return total.cpu()
 
 
 def _directions(
@@ -178,10 +150,9 @@ def _directions(
     """Blocks `(start, stop, V)` of a unit that one module covers."""
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     with reader.rows(base) as blocks:
-        for start, stop in blocks.spans(unit.start, unit.stop, BLOCK_BYTES):
-            raw = buffers.take("raw", base.spec.row_bytes * (stop - start))
-            work, _ = buffers.matrix("work", stop - start, base.spec.shape[1], dtype)
-            work.copy_(blocks.read(start, stop, raw))
+        for start, stop in blocks.spans(unit.start, unit.stop, buffers.block_bytes):
+            raw = buffers.landing("raw", base.spec.row_bytes * (stop - start))
+            work = buffers.widen("raw", blocks.read(start, stop, raw), dtype)
             if operands.up is not None and operands.down is not None:
                 add_update(work, operands.up[start - unit.start : stop - unit.start], operands.down)
             yield start, stop, work
@@ -195,14 +166,16 @@ def merged_rows(
     Blocks have a multiple of `multiple` rows, but for the last.
     """
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
-    columns = base.spec.shape[1]
-    spans = _spans(unit, pieces, given.reader, dtype)
+    buffers = given.buffers
+    spans = _spans(unit, pieces, given, dtype)
     factors = given.factors.get(unit.job.output.name)
+    if factors is not None:
+        factors = factors.to(buffers.device, dtype)
     with given.reader.rows(base) as blocks:
-        for start, stop in blocks.spans(unit.start, unit.stop, BLOCK_BYTES, multiple=multiple):
-            raw = given.buffers.take("raw", base.spec.row_bytes * (stop - start))
-            work, _ = given.buffers.matrix("work", stop - start, columns, dtype)
-            work.copy_(blocks.read(start, stop, raw))
+        cuts = blocks.spans(unit.start, unit.stop, buffers.block_bytes, multiple=multiple)
+        for start, stop in cuts:
+            raw = buffers.landing("raw", base.spec.row_bytes * (stop - start))
+            work = buffers.widen("raw", blocks.read(start, stop, raw), dtype)
             faults = RowFaults()
             for span in spans:
                 a, b = max(start, span.start), min(stop, span.stop)
@@ -221,15 +194,13 @@ class _Span:
     operands: Operands
 
 
-def _spans(
-    unit: Unit, pieces: tuple[Piece, ...], reader: Reader, dtype: torch.dtype
-) -> list[_Span]:
+def _spans(unit: Unit, pieces: tuple[Piece, ...], given: Input, dtype: torch.dtype) -> list[_Span]:
     spans = []
     for piece in pieces:
         start, stop = max(piece.start, unit.start), min(piece.stop, unit.stop)
         if start < stop:
-            operands = Operands.load(reader, piece, start, stop, dtype)
-            spans.append(_Span(start, stop, piece.module, operands))
+            operands = Operands.load(given.reader, piece, start, stop, dtype)
+            spans.append(_Span(start, stop, piece.module, operands.on(given.buffers.device)))
     return spans
 
 
@@ -240,7 +211,7 @@ def _merge_part(work: Tensor, span: _Span, start: int, factors: Tensor | None) -
     if operands.up is not None and operands.down is not None:
         add_update(work, operands.up[rows], operands.down)
     if factors is not None:
-        work.mul_(factors.to(work.dtype))
+        work.mul_(factors)
     elif operands.magnitude is not None:
         return _scale(work, span.module, operands.magnitude, rows)
     return RowFaults()
@@ -248,14 +219,12 @@ def _merge_part(work: Tensor, span: _Span, start: int, factors: Tensor | None) -
 
 def _merge(unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], out: Output) -> RowFaults:
     faults = RowFaults()
-    name, columns = unit.job.output.name, base.spec.shape[1]
-    narrow_type = TORCH[unit.job.output.dtype]
-    for start, stop, work, fault in merged_rows(unit, base, pieces, out):
-        narrow, data = out.buffers.matrix("out", stop - start, columns, narrow_type)
-        narrow.copy_(work)
-        faults += fault
-        faults += overflows(work, narrow)
-        out.writer.write(name, start * columns * narrow_type.itemsize, data)
+    name, dtype = unit.job.output.name, TORCH[unit.job.output.dtype]
+    row_bytes = base.spec.shape[1] * dtype.itemsize
+    for start, _, work, fault in merged_rows(unit, base, pieces, out):
+        put = partial(out.writer.write, name, start * row_bytes)
+        faults += fault + overflows(work, out.buffers.send(work, dtype, put))
+    out.buffers.finish()
     return faults
 
 
@@ -302,9 +271,9 @@ def _bias_factors(
         squares = _column_squares(unit, base, piece, out.reader, out.buffers)
         return column_factors(magnitude, squares)
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
-    operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype)
+    operands = Operands.load(out.reader, piece, unit.start, unit.stop, dtype).on(out.buffers.device)
     directions = _directions(unit, base, operands, out.reader, out.buffers)
-    squares = torch.cat([v.double().square().sum(dim=1) for _, _, v in directions])
+    squares = torch.cat([v.double().square().sum(dim=1) for _, _, v in directions]).cpu()
     return column_factors(magnitude, squares)
 
 
@@ -342,11 +311,10 @@ def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
     # What is decoded is cut into units by rows; other casts are one unit.
     span = (unit.start, unit.stop) if isinstance(source.source, Encoded) else (0, rows)
     with out.reader.rows(matrix) as blocks:
-        for start, stop in blocks.spans(*span, BLOCK_BYTES):
-            raw = out.buffers.take("raw", matrix.spec.row_bytes * (stop - start))
-            narrow, data = out.buffers.matrix("out", stop - start, columns, dtype)
-            stored = blocks.read(start, stop, raw)
-            narrow.copy_(stored)
-            faults += overflows(stored, narrow)
-            out.writer.write(name, start * columns * dtype.itemsize, data)
+        for start, stop in blocks.spans(*span, out.buffers.block_bytes):
+            raw = out.buffers.landing("raw", matrix.spec.row_bytes * (stop - start))
+            stored = out.buffers.upload("raw", blocks.read(start, stop, raw))
+            put = partial(out.writer.write, name, start * columns * dtype.itemsize)
+            faults += overflows(stored, out.buffers.send(stored, dtype, put))
+    out.buffers.finish()
     return faults

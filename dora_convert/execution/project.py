@@ -16,7 +16,7 @@ from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
-from dora_convert.execution.kernels import Buffers
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.memory import trim
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update

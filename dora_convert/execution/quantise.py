@@ -85,8 +85,9 @@ def quantise_unit(
                 _write(out, weight.parts[role], window.start, tensor)
             if meter.wants(i, start, stop):
                 # Read once more: where the block was, the merged one is now.
-                raw = out.buffers.take("base", op.base.spec.row_bytes * (stop - start))
-                meter.add(start, base.read(start, stop, raw).to(rows.dtype), rows, parts)
+                raw = out.buffers.landing("base", op.base.spec.row_bytes * (stop - start))
+                stored = out.buffers.upload("base", base.read(start, stop, raw))
+                meter.add(start, stored.to(rows.dtype), rows, parts)
     if unit.start == 0:
         for role, tensor in constants.items():
             _write(out, weight.parts[role], 0, tensor)
@@ -100,5 +101,5 @@ def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:
 
 def _write(out: Output, part: TensorSpec, start: int, tensor: Tensor) -> None:
     assert tensor.dtype is TORCH[part.dtype], (part, tensor.dtype)
-    data = tensor.contiguous().view(-1).view(torch.uint8)
+    data = tensor.cpu().contiguous().view(-1).view(torch.uint8)
     out.writer.write(part.name, start * part.row_bytes, data)

@@ -17,7 +17,8 @@ from dora_convert.core.protocols import Listener
 from dora_convert.core.reports import Survival
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
-from dora_convert.execution.kernels import Buffers, Input, Output, run_unit, sum_columns
+from dora_convert.execution.kernels import Input, Output, run_unit, sum_columns
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.quantise import (
     gather_statistics,
     is_surveyed,
@@ -57,7 +58,7 @@ class _Faults:
     def add(self, name: str, faults: RowFaults) -> None:
         if faults:
             with self.lock:
-                self.found[name] = self.found.get(name, RowFaults()) + faults
+                self.found[name] = self.found.get(name, RowFaults()) + faults.settled()
 
 
 @dataclass(frozen=True, slots=True)

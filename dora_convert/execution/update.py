@@ -17,7 +17,8 @@ from torch import Tensor
 from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
-from dora_convert.execution.kernels import BLOCK_BYTES, Buffers, Operands, figure_dtype
+from dora_convert.execution.kernels import Operands, figure_dtype
+from dora_convert.execution.lanes import BLOCK_BYTES, Buffers
 from dora_convert.maths.dora import RowFaults, column_factors, square_sums
 from dora_convert.storage.reader import Reader, RowBlocks
 

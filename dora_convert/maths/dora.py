@@ -1,7 +1,8 @@
 """The algebra of arXiv 2402.09353, equation 5: `W' = m * V / ||V||`, `V = W + scaling * up @ down`.
 
 All functions work on a block of rows of the stored `[out, in]` weight, in the block's own element
-type, in place, so that a caller can reuse one buffer for a whole model.
+type, in place, so that a caller can reuse one buffer for a whole model. None waits for a device:
+what is counted there stays there until somebody asks.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ class RowFaults:
     """Results that are undefined, counted.
 
     `zero`: rows (columns for axis IN) of norm 0 with a magnitude that is not 0. `nonfinite`: rows
-    whose norm is NaN or infinite. `overflow`: elements too large for the output's type.
+    whose norm is NaN or infinite. `overflow`: elements too large for the output's type. Counts of
+    a device's blocks are tensors on it, which `settled` waits for.
     """
 
-    zero: int = 0
-    nonfinite: int = 0
-    overflow: int = 0
+    zero: int | Tensor = 0
+    nonfinite: int | Tensor = 0
+    overflow: int | Tensor = 0
 
     def __add__(self, other: RowFaults) -> RowFaults:
         return RowFaults(
@@ -40,6 +42,10 @@ class RowFaults:
             self.nonfinite + other.nonfinite,
             self.overflow + other.overflow,
         )
+
+    def settled(self) -> RowFaults:
+        """The same as plain numbers."""
+        return RowFaults(int(self.zero), int(self.nonfinite), int(self.overflow))
 
     def __bool__(self) -> bool:
         return bool(self.zero or self.nonfinite or self.overflow)
@@ -67,16 +73,19 @@ def scale_rows(direction: Tensor, magnitude: Tensor) -> RowFaults:
 def scale_by(direction: Tensor, factor: Tensor) -> RowFaults:
     """`direction [n, in]` times a factor `m / ||V||` that is known, `[n, 1]` or `[in]`."""
     direction.mul_(factor)
-    if bool(torch.isfinite(direction.sum(dtype=torch.float64))):
+    # A look at the sum spares the CPU a pass; a device would have to be waited for.
+    if _is_host(direction) and bool(torch.isfinite(direction.sum(dtype=torch.float64))):
         return _NONE
-    return RowFaults(nonfinite=int((~torch.isfinite(direction).all(dim=1)).sum()))
+    return RowFaults(nonfinite=_count(~torch.isfinite(direction).all(dim=1)))
 
 
 def overflows(exact: Tensor, narrow: Tensor) -> RowFaults:
     """Finite elements that became infinite when they were narrowed to float16."""
-    if narrow.dtype is not torch.float16 or bool(torch.isfinite(narrow).all()):
+    if narrow.dtype is not torch.float16:
         return _NONE
-    return RowFaults(overflow=int((torch.isfinite(exact) & ~torch.isfinite(narrow)).sum()))
+    if _is_host(narrow) and bool(torch.isfinite(narrow).all()):
+        return _NONE
+    return RowFaults(overflow=_count(torch.isfinite(exact) & ~torch.isfinite(narrow)))
 
 
 def square_sums(direction: Tensor) -> Tensor:
@@ -94,13 +103,23 @@ def column_factors(magnitude: Tensor, squares: Tensor) -> tuple[Tensor, RowFault
 
 def _factors(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, RowFaults]:
     factor = magnitude / norm
-    low, high = torch.aminmax(norm)
-    # A NaN makes both comparisons false.
-    if low > 0 and high < torch.inf:
-        return factor, _NONE
+    if _is_host(norm):
+        low, high = torch.aminmax(norm)
+        # A NaN makes both comparisons false.
+        if low > 0 and high < torch.inf:
+            return factor, _NONE
     zero = norm == 0
     factor = torch.where(zero, torch.zeros_like(factor), factor)
     return factor, RowFaults(
-        zero=int((zero & (magnitude != 0)).sum()),
-        nonfinite=int((~torch.isfinite(norm)).sum()),
+        zero=_count(zero & (magnitude != 0)),
+        nonfinite=_count(~torch.isfinite(norm)),
     )
+
+
+def _count(mask: Tensor) -> int | Tensor:
+    total = mask.sum()
+    return int(total) if _is_host(mask) else total
+
+
+def _is_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -13,8 +13,8 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Op, Piece, Plan, ScaleBias
 from dora_convert.core.tensors import DType
 from dora_convert.errors import MismatchError
-from dora_convert.execution import kernels, units
-from dora_convert.execution.kernels import Buffers
+from dora_convert.execution import units
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.measure import figures, module_sums
 from dora_convert.execution.run import run
 from dora_convert.execution.update import open_update
@@ -29,7 +29,7 @@ ROWS, COLUMNS = 37, 53
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(Buffers, "block_bytes", 1000)
     monkeypatch.setattr(units, "_UNIT_BYTES", 3000)
 
 

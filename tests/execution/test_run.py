@@ -14,7 +14,8 @@ from dora_convert.core.adapter import MagnitudeAxis, TokenRows
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan, Shard
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError, MismatchError, OutputError
-from dora_convert.execution import kernels, units
+from dora_convert.execution import units
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.run import run
 from dora_convert.storage.pickled import read_pickle_header
 
@@ -37,7 +38,7 @@ def operands(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a unit and several units a tensor, also for small tensors."""
-    monkeypatch.setattr(kernels, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(Buffers, "block_bytes", 1000)
     monkeypatch.setattr(units, "_UNIT_BYTES", 3000)
 
 

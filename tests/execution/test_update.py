@@ -13,7 +13,7 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution import update as under_test
-from dora_convert.execution.kernels import Buffers
+from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.update import Update, open_update
 from dora_convert.storage.pickled import read_pickle_header
 from dora_convert.storage.reader import Reader
