@@ -1,8 +1,8 @@
 """The comparisons of to_lora.py, on one layer: BASE ADAPTER RANK LORA. Prints one JSON object.
 
 PEFT's `convert_to_lora`, and full singular value decompositions of the updates. For each the
-seconds, and what it misses of the update T = m V / ||V|| - W, in float64; LORA is the folder that
-dora-convert wrote for the same rank.
+seconds, those of CPU, and what it misses of the update T = m V / ||V|| - W, in float64; LORA is the
+folder that dora-convert wrote for the same rank.
 """
 
 from __future__ import annotations
@@ -53,29 +53,38 @@ def missed(pairs: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return math.sqrt(lost / total)
 
 
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(begun: tuple[float, float]) -> dict[str, float]:
+    seconds, cpu = (b - a for a, b in zip(begun, now(), strict=True))
+    return {"seconds": seconds, "cpu": cpu}
+
+
 def main(base: str, adapter: str, rank: int, lora: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     truth = updates(model, Path(adapter))
 
-    begun = time.perf_counter()
+    begun = now()
     exact = {}
     for path, update in truth.items():
         left, singular, right = torch.linalg.svd(update.float(), full_matrices=False)
         exact[f"{PREFIX}{path}.lora_B.weight"] = left[:, :rank] * singular[:rank]
         exact[f"{PREFIX}{path}.lora_A.weight"] = right[:rank]
-    svd = time.perf_counter() - begun
+    svd = since(begun)
 
     adapted = PeftModel.from_pretrained(model, adapter)
-    begun = time.perf_counter()
+    begun = now()
     config, state = convert_to_lora(adapted, rank=rank, progressbar=False)
-    peft = time.perf_counter() - begun
+    peft = since(begun)
     scaling = config.lora_alpha / config.r
     theirs = {k: v * scaling if "lora_B" in k else v for k, v in state.items()}
     ours = load_file(Path(lora) / "adapter_model.safetensors")
     result = {
         "modules": len(truth),
-        "svd": {"seconds": svd, "missed": missed(exact, truth)},
-        "peft": {"seconds": peft, "missed": missed(theirs, truth)},
+        "svd": {**svd, "missed": missed(exact, truth)},
+        "peft": {**peft, "missed": missed(theirs, truth)},
         "ours": {"missed": missed(ours, truth)},
     }
     print(json.dumps(result))

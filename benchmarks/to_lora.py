@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,10 +33,27 @@ def ours(base: Path, adapter: Path, rank: int, out: Path) -> Command:
     return [*command, "-o", out, "--rank", str(rank), "--for", "peft", "--json"]
 
 
-def timed(base: Path, adapter: Path, rank: int, out: Path, rounds: int) -> list[Measured]:
-    runs = [run(ours(base, adapter, rank, out)) for _ in range(rounds)]
+def timed(command: Command) -> tuple[Measured, float]:
+    """One run, and the seconds of CPU that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = run(command)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@dataclass(frozen=True)
+class Deep:
+    """All rounds of one command on the whole model."""
+
+    seconds: list[float]
+    cpu: list[float]
+    own_peak: int
+
+
+def repeated(base: Path, adapter: Path, rank: int, out: Path, rounds: int) -> Deep:
+    runs = [timed(ours(base, adapter, rank, out)) for _ in range(rounds)]
     sampled = run(ours(base, adapter, rank, out), sampled=True)
-    return [replace(runs[0], own_peak=sampled.own_peak), *runs[1:]]
+    return Deep([found.seconds for found, _ in runs], [cpu for _, cpu in runs], sampled.own_peak)
 
 
 def compare(folder: Path, shape: llama.Shape, rank: int) -> dict[str, Any]:
@@ -43,11 +61,11 @@ def compare(folder: Path, shape: llama.Shape, rank: int) -> dict[str, Any]:
     one = replace(shape, layers=1)
     base, adapter = llama.make(folder / "one", one)
     out = folder / "lora-one"
-    mine = run(ours(base, adapter, rank, out))
+    mine, cpu = timed(ours(base, adapter, rank, out))
     child = Path(__file__).with_name("peft_to_lora.py")
     others = run([sys.executable, child, base, adapter, str(rank), out])
     found: dict[str, Any] = json.loads(others.stdout)
-    found["ours"]["seconds"] = mine.seconds
+    found["ours"] |= {"seconds": mine.seconds, "cpu": cpu}
     return found
 
 
@@ -60,50 +78,40 @@ def bench(folder: Path, depths: Sequence[int], ranks: Sequence[int], arguments: 
     for rank in ranks:
         one = compare(folder, shape, rank)
         say(f"rank {rank}, one layer: {json.dumps(one)}")
-        runs: dict[int, list[Measured]] = {}
+        runs: dict[int, Deep] = {}
         for depth in depths:
-            deep = replace(shape, layers=depth)
-            base, adapter = llama.make(folder / str(depth), deep)
+            base, adapter = llama.make(folder / str(depth), replace(shape, layers=depth))
             out = folder / "lora"
-            runs[depth] = timed(base, adapter, rank, out, arguments.rounds)
-            seconds = median(r.seconds for r in runs[depth])
-            peak = max(r.own_peak for r in runs[depth])
-            say(f"rank {rank}, {depth} layers: {seconds:.1f} s, {peak / MIB:.0f} MiB")
-            above = f"{(peak - floor) / MIB:.0f}"
-            each = ", ".join(f"{r.seconds:.1f}" for r in runs[depth])
-            sizes.append([f"{rank}", f"{depth}", each, f"{seconds:.1f}", above])
-        deepest = max(depths)
-        whole = median(r.seconds for r in runs[deepest])
-        for name, label in (("peft", "PEFT convert_to_lora"), ("svd", "full SVD")):
-            seconds = one[name]["seconds"]
-            rows.append(
-                [
-                    f"{label}, rank {rank}",
-                    f"{seconds:.1f}",
-                    f"{seconds * deepest:.0f}",
-                    f"{seconds * deepest / whole:.0f}",
-                    f"{one[name]['missed']:.2%}",
-                ]
-            )
-        mine = one["ours"]
-        rows.append(
-            [
-                f"dora-convert, rank {rank}",
-                f"{mine['seconds']:.1f}",
-                f"{whole:.1f}",
-                "1",
-                f"{mine['missed']:.2%}",
-            ]
-        )
-        results[str(rank)] = {
-            "one": one,
-            "seconds": {d: [r.seconds for r in runs[d]] for d in runs},
-        }
+            runs[depth] = deep = repeated(base, adapter, rank, out, arguments.rounds)
+            above = f"{(deep.own_peak - floor) / MIB:.0f}"
+            each = ", ".join(f"{seconds:.1f}" for seconds in deep.seconds)
+            middle = f"{median(deep.seconds):.1f}"
+            sizes.append([f"{rank}", f"{depth}", each, middle, f"{median(deep.cpu):.1f}", above])
+            say(f"rank {rank}, {depth} layers: {each} s, {above} MiB")
+        rows += compared(rank, one, max(depths), runs[max(depths)])
+        results[str(rank)] = {"one": one, "runs": {d: vars(deep) for d, deep in runs.items()}}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
-    head = ["", "1 layer, s", f"{max(depths)} layers, s", "times ours", "misses of the update"]
-    flat = ["rank", "layers", "runs, s", "median, s", "own memory above torch, MiB"]
-    return f"{table(head, rows)}\n\n{table(flat, sizes)}"
+    deepest = f"{max(depths)} layers"
+    head = ["", "1 layer, s", f"{deepest}, s", "times ours", f"{deepest}, CPU s", "times ours"]
+    flat = ["rank", "layers", "runs, s", "median, s", "CPU, s", "own memory above torch, MiB"]
+    return f"{table([*head, 'misses of the update'], rows)}\n\n{table(flat, sizes)}"
+
+
+def compared(rank: int, one: dict[str, Any], depth: int, deep: Deep) -> list[list[str]]:
+    """The rows of one rank; the others' single layer is multiplied by the depth."""
+    seconds, cpu = median(deep.seconds), median(deep.cpu)
+    rows = []
+    for name, label in (("peft", "PEFT convert_to_lora"), ("svd", "full SVD")):
+        whole, whole_cpu = one[name]["seconds"] * depth, one[name]["cpu"] * depth
+        times = [f"{whole:.0f}", f"{whole / seconds:.0f}"]
+        times += [f"{whole_cpu:.0f}", f"{whole_cpu / cpu:.0f}"]
+        rows.append([f"{label}, rank {rank}", f"{one[name]['seconds']:.1f}", *times])
+    ours = [f"{one['ours']['seconds']:.1f}", f"{seconds:.1f}", "1", f"{cpu:.1f}", "1"]
+    rows.append([f"dora-convert, rank {rank}", *ours])
+    for row, name in zip(rows, ("peft", "svd", "ours"), strict=True):
+        row.append(f"{one[name]['missed']:.2%}")
+    return rows
 
 
 def main() -> None:

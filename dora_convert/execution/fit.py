@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +45,13 @@ _LEAST = 10
 class Dora:
     """What a DoRA does in a linear layer, in the layer's own sense.
 
-    `factor` is c, `[out]` if `by_output`, else `[in]`; `up [out, r] @ down [r, in]` is D, None for
-    none.
+    `factor` is c, `[out]` if `by_output`, else `[in]`; `up [out, r] @ down [r, in]` is D.
     """
 
     by_output: bool
     factor: Tensor
-    up: Tensor | None
-    down: Tensor | None
+    up: Tensor
+    down: Tensor
 
     def update(self, module: nn.Module, x: Tensor, given: Tensor) -> Tensor:
         """`T @ x`, where the module gives `given` for x."""
@@ -64,8 +63,6 @@ class Dora:
         return (excess if bias is None else excess - bias) + self._low_rank(x * self.factor)
 
     def _low_rank(self, x: Tensor) -> Tensor:
-        if self.up is None or self.down is None:
-            return torch.zeros((), dtype=x.dtype)
         return linear(linear(x, self.down), self.up)
 
 
@@ -74,20 +71,16 @@ def doras(modules: Mapping[str, Sequence[Part]], flipped: Container[str]) -> dic
     reader, buffers = open_reader(), Buffers()
     found = {}
     for path, parts in modules.items():
-        factors, ups, down, by_row = [], [], None, True
-        for base, piece in parts:
-            with open_update(base, piece, reader, buffers) as update:
-                factors.append(update.factor.float())
-                by_row, down = update.by_row, update.operands.down
-                if update.operands.up is not None:
-                    ups.append(update.operands.up.float())
+        with ExitStack() as stack:
+            updates = [stack.enter_context(open_update(*part, reader, buffers)) for part in parts]
+        by_row, down = updates[0].by_row, updates[0].down.float()
         if len(parts) > 1 and not by_row:
             raise InputError(f"{path} is stored in several tensors: it cannot be fitted")
-        up = torch.cat(ups) if ups else None
-        down = None if down is None else down.float()
+        factor = torch.cat([update.factor.float() for update in updates])
+        up = torch.cat([update.up.float() for update in updates])
         if path in flipped:
-            up, down = (None if t is None else t.T for t in (down, up))
-        found[path] = Dora(by_row != (path in flipped), torch.cat(factors), up, down)
+            up, down = down.T, up.T
+        found[path] = Dora(by_row != (path in flipped), factor, up, down)
     return found
 
 

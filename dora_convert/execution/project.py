@@ -131,6 +131,10 @@ class _Stacked:
         products = [part.transposed_times(cut) for part, cut in zip(self.parts, cuts, strict=True)]
         return torch.stack(products).sum(dim=0)
 
+    def round_trip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        images, returned = zip(*[part.round_trip(x) for part in self.parts], strict=True)
+        return torch.cat(images), torch.stack(returned).sum(dim=0)
+
 
 def project(
     modules: Mapping[str, Sequence[Part]],
@@ -192,7 +196,7 @@ def _approximate(
         held = square if whole is None else whole
         return Spectrum(path, operator.shape, factors.singular, held, by_magnitude)
 
-    return _searched(operator, choice, limit, how, spectrum)
+    return _searched(operator, square, choice, limit, how, spectrum)
 
 
 def _approximate_weighted(
@@ -220,7 +224,7 @@ def _approximate_weighted(
             weighted_square=seen if whole is None else whole,
         )
 
-    found, figures = _searched(Weighted(operator, weight), choice, limit, how, spectrum)
+    found, figures = _searched(Weighted(operator, weight), seen, choice, limit, how, spectrum)
     factors = unweighted(operator, found.left)
     figures = replace(figures, singular=factors.singular)
     return factors.transposed() if is_flipped else factors, figures
@@ -282,24 +286,28 @@ def _columns(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
 
 def _searched(
     operator: Operator,
+    square: float,
     choice: RankChoice,
     limit: int,
     how: _How,
     spectrum: Callable[[Factors, float | None], Spectrum],
 ) -> tuple[Factors, Spectrum]:
-    """Factors enough for the choice. `spectrum` is told ||operator||² where all were computed."""
+    """Factors enough for the choice, of an operator with this ||operator||².
+
+    `spectrum` is told that of the factors instead where all were computed.
+    """
     # An open-ended choice starts small and doubles: most modules need little.
     rank = limit if choice.share is None else min(32, limit)
     while True:
-        square = None
+        total = None
         if how.exact or spans_everything(operator.shape, rank):
             whole = exact_factors(operator)
             # Of the same products as its parts, so that all of them together leave exactly 0.
-            square = float(whole.singular.square().sum())
+            total = float(whole.singular.square().sum())
             rank, factors = limit, whole.truncated(limit)
         else:
-            factors = krylov_factors(operator, rank, how.generator)
-        figures = spectrum(factors, square)
+            factors = krylov_factors(operator, rank, how.generator, square)
+        figures = spectrum(factors, total)
         enough = choice.share is None or figures.least_rank(choice.share) is not None
         if rank >= limit or enough:
             return factors, figures

@@ -19,32 +19,44 @@ from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.kernels import Operands, figure_dtype
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers
-from dora_convert.maths.dora import RowFaults, column_factors, square_sums
+from dora_convert.maths.dora import RowFaults, column_factors
 from dora_convert.storage.reader import Reader, RowBlocks
 
 __all__ = ["Update", "open_update"]
 
+# Weights of up to this size are read once and kept, one for each worker.
+_KEPT_BYTES = 32 << 20
+# Of ||w||² + ||d||²: what ||w + d||² must be more than to be taken from the sum's expansion.
+_CANCELLED = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Over each vector that the magnitude has an element for, with V = W + D; float64."""
+
+    direction: Tensor  # v²
+    crossed: Tensor  # v d
+    low_rank: Tensor  # d²
+
 
 @dataclass(slots=True)
 class Update:
-    """See the module. `by_magnitude` is ||T - D||²: what D alone would miss.
-
-    `row_squares` `[out]` and `column_squares` `[in]` are the squared norms of T's rows and columns.
-    """
+    """See the module. Norms are computed where they are asked for, from one more reading of W."""
 
     base: TensorRef
     piece: Piece
-    operands: Operands
+    up: Tensor  # [out, rank], of rank 0 where the module has none
+    down: Tensor  # [rank, in]
+    magnitude: Tensor | None
     buffers: Buffers
     blocks: RowBlocks
     dtype: torch.dtype
     by_row: bool
     factor: Tensor  # c, [out] or [in]
     excess: Tensor  # c - 1, taken in float64
-    by_magnitude: float = 0.0
-    row_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
-    column_squares: Tensor = field(default_factory=lambda: torch.zeros(0))
-    faults: RowFaults = field(default_factory=RowFaults)
+    faults: RowFaults
+    _sums: _Sums | None = None
+    _kept: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,93 +66,168 @@ class Update:
     @property
     def square(self) -> float:
         """||T||²."""
-        return float(self.row_squares.sum())
+        return float(self._squares().sum())
+
+    @property
+    def by_magnitude(self) -> float:
+        """||T - D||²: what D alone would miss."""
+        if self.magnitude is None:
+            return 0.0
+        return float((self.excess.double().square() * self.sums().direction).sum())
+
+    @property
+    def row_squares(self) -> Tensor:
+        """The squared norms of T's rows, `[out]`, float64."""
+        return self._squares() if self.by_row else self._other_squares()
+
+    @property
+    def column_squares(self) -> Tensor:
+        """The squared norms of T's columns, `[in]`, float64."""
+        return self._other_squares() if self.by_row else self._squares()
 
     def times(self, x: Tensor) -> Tensor:
         """`T @ x`."""
-        x = x.to(self.dtype)
-        inner = x if self.by_row else self.excess.unsqueeze(1) * x
-        result = torch.zeros((self.shape[0], x.shape[1]), dtype=self.dtype)
+        inner, image = self._begun(x.to(self.dtype))
         for start, stop, weight in self._scaled_rows():
-            torch.matmul(weight, inner, out=result[start:stop])
-        if self.by_row:
-            result *= self.excess.unsqueeze(1)
-        if self.operands.up is not None and self.operands.down is not None:
-            scaled = x if self.by_row else self.factor.unsqueeze(1) * x
-            update = self.operands.up @ (self.operands.down @ scaled)
-            result += self.factor.unsqueeze(1) * update if self.by_row else update
-        return result
+            self._add(image, inner, start, stop, weight)
+        return image
 
     def transposed_times(self, y: Tensor) -> Tensor:
         """`T.T @ y`."""
         y = y.to(self.dtype)
-        outer = self.excess.unsqueeze(1) * y if self.by_row else y
-        result = torch.zeros((self.shape[1], y.shape[1]), dtype=self.dtype)
+        returned = torch.zeros((y.shape[1], self.shape[1]), dtype=self.dtype)
         for start, stop, weight in self._scaled_rows():
-            result.addmm_(weight.T, outer[start:stop])
-        if not self.by_row:
-            result *= self.excess.unsqueeze(1)
-        if self.operands.up is not None and self.operands.down is not None:
-            scaled = self.factor.unsqueeze(1) * y if self.by_row else y
-            update = self.operands.down.T @ (self.operands.up.T @ scaled)
-            result += update if self.by_row else self.factor.unsqueeze(1) * update
-        return result
+            self._add_back(returned, y, start, stop, weight)
+        return self._ended(returned, y)
 
-    def _scaled_rows(self) -> Iterator[tuple[int, int, Tensor]]:
-        # Of a plain LoRA's update W is no part, not even where W is NaN.
-        return iter(()) if self.operands.magnitude is None else self._rows()
+    def round_trip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`T @ x` and `T.T @ T @ x`, from one reading of W."""
+        inner, image = self._begun(x.to(self.dtype))
+        returned = torch.zeros((x.shape[1], self.shape[1]), dtype=self.dtype)
+        for start, stop, weight in self._scaled_rows():
+            self._add(image, inner, start, stop, weight)
+            self._add_back(returned, image, start, stop, weight)
+        return image, self._ended(returned, image)
 
-    def _rows(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Blocks of W in the working type, numbered from the module's first row."""
-        rows, columns = self.shape
-        for start, stop in self.blocks.spans(0, rows, BLOCK_BYTES):
-            raw = self.buffers.take("raw", self.base.spec.row_bytes * (stop - start))
-            work, _ = self.buffers.matrix("work", stop - start, columns, self.dtype)
-            first = self.piece.start
-            work.copy_(self.blocks.read(first + start, first + stop, raw))
-            yield start, stop, work
+    def sums(self) -> _Sums:
+        """From one reading of W, the first time."""
+        if self._sums is None:
+            self._sums = _measured(self)
+        return self._sums
 
     def directions(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Blocks of V and of D."""
-        for start, stop, work in self._rows():
+        for start, stop, work in self.rows():
             update, _ = self.buffers.matrix("update", stop - start, work.shape[1], self.dtype)
-            if self.operands.up is not None and self.operands.down is not None:
-                torch.matmul(self.operands.up[start:stop], self.operands.down, out=update)
-            else:
-                update.zero_()
+            torch.matmul(self.up[start:stop], self.down, out=update)
             yield start, stop, work.add_(update), update
 
+    def rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of W in the working type, numbered from the module's first row."""
+        for start, stop in self.blocks.spans(0, self.shape[0], BLOCK_BYTES):
+            yield start, stop, self.buffers.widen("raw", self._read(start, stop), self.dtype)
+
     def squares(self, block: Tensor) -> Tensor:
-        """Every element's square in float64, until it is asked for again."""
+        """Every element's square, until it is asked for again."""
         rows, columns = block.shape
-        wide, _ = self.buffers.matrix("squares", rows, columns, torch.float64)
-        return wide.copy_(block).square_()
+        scratch, _ = self.buffers.matrix("squares", rows, columns, self.dtype)
+        return torch.square(block, out=scratch)
+
+    def _read(self, start: int, stop: int) -> Tensor:
+        kept = self._kept.get((start, stop))
+        if kept is not None:
+            return kept
+        first, size = self.piece.start, self.base.spec.row_bytes * (stop - start)
+        if self.shape[0] * self.base.spec.row_bytes > _KEPT_BYTES:
+            return self.blocks.read(first + start, first + stop, self.buffers.take("raw", size))
+        own = torch.empty(size, dtype=torch.uint8)
+        self._kept[start, stop] = kept = self.blocks.read(first + start, first + stop, own)
+        return kept
+
+    def _scaled_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        # Of a plain LoRA's update W is no part, not even where W is NaN.
+        return iter(()) if self.magnitude is None else self.rows()
+
+    def _begun(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows of W are multiplied with, and the low-rank part of `T @ x`."""
+        factor, excess = self.factor.unsqueeze(1), self.excess.unsqueeze(1)
+        inner = x if self.by_row else excess * x
+        image = self.up @ (self.down @ (x if self.by_row else factor * x))
+        return inner, image.mul_(factor) if self.by_row else image
+
+    def _add(self, image: Tensor, inner: Tensor, start: int, stop: int, weight: Tensor) -> None:
+        product = weight @ inner
+        if self.by_row:
+            product *= self.excess[start:stop].unsqueeze(1)
+        image[start:stop] += product
+
+    def _add_back(self, returned: Tensor, y: Tensor, start: int, stop: int, weight: Tensor) -> None:
+        """`returned` is transposed, `[k, in]`: the product takes two thirds of the time so."""
+        outer = y[start:stop]
+        if self.by_row:
+            outer = outer * self.excess[start:stop].unsqueeze(1)
+        returned.addmm_(outer.T, weight)
+
+    def _ended(self, returned: Tensor, y: Tensor) -> Tensor:
+        """`T.T @ y` from W's part of it."""
+        result = returned.T
+        factor = self.factor.unsqueeze(1)
+        if not self.by_row:
+            result = result * self.excess.unsqueeze(1)
+        update = self.down.T @ (self.up.T @ (factor * y if self.by_row else y))
+        return result + (update if self.by_row else factor * update)
+
+    def _squares(self) -> Tensor:
+        """Squared norms of T's rows where the magnitude is theirs, else of its columns."""
+        if self.magnitude is None:
+            return _low_rank_squares(self.up, self.down, by_row=self.by_row)
+        sums, excess = self.sums(), self.excess.double()
+        # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
+        squares = excess.square() * sums.direction + 2 * excess * sums.crossed + sums.low_rank
+        return squares.clamp_min(0)
+
+    def _other_squares(self) -> Tensor:
+        """The same of the others, from one more reading of W."""
+        if self.magnitude is None:
+            return _low_rank_squares(self.up, self.down, by_row=not self.by_row)
+        total = torch.zeros(self.shape[int(self.by_row)], dtype=torch.float64)
+        for start, stop, direction, low_rank in self.directions():
+            span = slice(start, stop) if self.by_row else slice(None)
+            block = direction.mul_(self.excess[span].unsqueeze(int(self.by_row))).add_(low_rank)
+            if self.by_row:
+                total += self.squares(block).sum(dim=0)
+            else:
+                total[start:stop] = self.squares(block).sum(dim=1)
+        return total
 
 
 @contextmanager
 def open_update(
     base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
 ) -> Iterator[Update]:
-    """Read the factors and, where there is a magnitude, the weight twice: for c, and for norms."""
+    """Read the factors and, where c depends on it, the weight once."""
     dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     by_row = piece.module.axis is MagnitudeAxis.OUT
-    length = piece.stop - piece.start if by_row else base.spec.shape[1]
-    ones = torch.ones(length, dtype=dtype)
+    shape = (piece.stop - piece.start, base.spec.shape[1])
+    ones = torch.ones(shape[0 if by_row else 1], dtype=dtype)
     with reader.rows(base) as blocks:
         update = Update(
-            base, piece, operands, buffers, blocks, dtype, by_row, ones, torch.zeros_like(ones)
+            base,
+            piece,
+            torch.zeros((shape[0], 0), dtype=dtype) if operands.up is None else operands.up,
+            torch.zeros((0, shape[1]), dtype=dtype) if operands.down is None else operands.down,
+            operands.magnitude,
+            buffers,
+            blocks,
+            dtype,
+            by_row,
+            factor=ones,
+            excess=torch.zeros_like(ones),
+            faults=RowFaults(),
         )
-        update.row_squares = torch.zeros(update.shape[0], dtype=torch.float64)
-        update.column_squares = torch.zeros(update.shape[1], dtype=torch.float64)
         if operands.magnitude is not None:
             _set_factors(update, operands.magnitude)
-            _set_norms(update)
-        elif operands.up is not None and operands.down is not None:
-            up, down = operands.up.double(), operands.down.double()
-            # Norms of up @ down, from the small Gram matrices.
-            update.row_squares = ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0)
-            update.column_squares = (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0)
         yield update
 
 
@@ -148,24 +235,55 @@ def _set_factors(update: Update, magnitude: Tensor) -> None:
     if update.piece.module.magnitude_is is MagnitudeKind.FACTOR:
         update.factor, update.excess = magnitude, (magnitude.double() - 1).to(update.dtype)
         return
-    if update.by_row:
-        rows = [update.squares(v).sum(dim=1) for _, _, v, _ in update.directions()]
-        squares = torch.cat(rows)
-    else:
-        squares = torch.zeros(update.shape[1], dtype=torch.float64)
-        for _, _, direction, _ in update.directions():
-            squares += square_sums(direction)
-    factor, update.faults = column_factors(magnitude, squares)
+    factor, update.faults = column_factors(magnitude, update.sums().direction)
     update.factor = factor.to(update.dtype)
     update.excess = (factor - 1).to(update.dtype)
 
 
-def _set_norms(update: Update) -> None:
+def _measured(update: Update) -> _Sums:
+    """V is not formed: ||w + d||² is `w² + 2 w d + d²`, and `w d` a product with the factors."""
+    weight, crossed = _of_rows(update) if update.by_row else _of_columns(update)
+    low_rank = _low_rank_squares(update.up, update.down, by_row=update.by_row)
+    direction = weight + 2 * crossed + low_rank
+    if bool((direction < _CANCELLED * (weight + low_rank)).any()):
+        return _directly(update)
+    return _Sums(direction, crossed + low_rank, low_rank)
+
+
+def _of_rows(update: Update) -> tuple[Tensor, Tensor]:
+    """`w²` and `w d` of every row."""
+    squares, crossed = torch.zeros((2, update.shape[0]), dtype=torch.float64)
+    for start, stop, weight in update.rows():
+        squares[start:stop] = update.squares(weight).sum(dim=1)
+        crossed[start:stop] = ((weight @ update.down.T).double() * update.up[start:stop]).sum(dim=1)
+    return squares, crossed
+
+
+def _of_columns(update: Update) -> tuple[Tensor, Tensor]:
+    """The same of every column."""
+    squares = torch.zeros(update.shape[1], dtype=torch.float64)
+    product = torch.zeros_like(update.down)
+    for start, stop, weight in update.rows():
+        squares += update.squares(weight).sum(dim=0)
+        product.addmm_(update.up[start:stop].T, weight)
+    return squares, (product.double() * update.down).sum(dim=0)
+
+
+def _directly(update: Update) -> _Sums:
+    """By the definitions, where W and D cancel each other."""
+    sums = torch.zeros((3, update.shape[0 if update.by_row else 1]), dtype=torch.float64)
     for start, stop, direction, low_rank in update.directions():
-        span = slice(start, stop) if update.by_row else slice(None)
-        # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
-        block = direction.mul_(update.excess[span].unsqueeze(1 if update.by_row else 0))
-        update.by_magnitude += float(update.squares(block).sum())
-        squares = update.squares(block.add_(low_rank))
-        update.row_squares[start:stop] = squares.sum(dim=1)
-        update.column_squares += squares.sum(dim=0)
+        v, d = direction.double(), low_rank.double()
+        parts = torch.stack(
+            [(a * b).sum(dim=int(update.by_row)) for a, b in ((v, v), (v, d), (d, d))]
+        )
+        sums[:, slice(start, stop) if update.by_row else slice(None)] += parts
+    return _Sums(*sums)
+
+
+def _low_rank_squares(up: Tensor, down: Tensor, *, by_row: bool) -> Tensor:
+    """Squared norms of the rows of `up @ down`, or of its columns, from the small Gram matrices."""
+    up, down = up.double(), down.double()
+    if by_row:
+        return ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0)
+    return (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_convert.maths.lowrank import Factors, Operator
+from dora_convert.maths.lowrank import Factors, Operator, round_trip
 
 __all__ = ["Weight", "Weighted", "unweighted"]
 
@@ -78,6 +78,11 @@ class Weighted:
     def transposed_times(self, y: Tensor) -> Tensor:
         """`L.T @ T.T @ y`."""
         return self.weight.transposed_times(self.operator.transposed_times(y).double())
+
+    def round_trip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`T @ L @ x` and `L.T @ T.T @ T @ L @ x`."""
+        image, returned = round_trip(self.operator, self.weight.times(x.double()))
+        return image, self.weight.transposed_times(returned.double())
 
 
 def unweighted(operator: Operator, left: Tensor) -> Factors:

@@ -262,7 +262,8 @@ def test_other_prefixes_and_layers_out_of_the_body(model: BertModel) -> None:
     pairs = truncated(dense, 3)
     alone = model.pooler.dense.weight.detach()
     pairs["pooler.dense"] = truncated({"": 0.1 * alone}, 3)[""]
-    made["pooler.dense"] = Dora(True, torch.full((HIDDEN,), 1.1), None, None)
+    none = torch.zeros(HIDDEN, 0)
+    made["pooler.dense"] = Dora(True, torch.full((HIDDEN,), 1.1), none, none.T)
     named = {f"bert.{path}": pair for path, pair in pairs.items()}
     fitted, report = fit(model, encode, TEXTS, {f"bert.{p}": d for p, d in made.items()}, named)
     assert report.after < report.before

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_convert.core.adapter import DoraModule, MagnitudeAxis
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution import update as under_test
 from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.update import Update, open_update
 from dora_convert.storage.pickled import read_pickle_header
-from dora_convert.storage.reader import Reader
+from dora_convert.storage.reader import Reader, RowBlocks
 
 from .conftest import Store, exact, module
 
@@ -37,17 +37,26 @@ def parts(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(params=[1, 500, 1 << 20], autouse=True)
+@pytest.fixture(params=[(1, 0), (500, 1 << 20), (500, 0), (1 << 20, 1 << 20)], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single rows, several blocks, one block."""
-    monkeypatch.setattr(under_test, "BLOCK_BYTES", request.param)
+    """Single rows, several blocks, one block; read each time, or once and kept."""
+    monkeypatch.setattr(under_test, "BLOCK_BYTES", request.param[0])
+    monkeypatch.setattr(under_test, "_KEPT_BYTES", request.param[1])
 
 
 def check(update: Update, dense: Tensor, low_rank: Tensor, tolerance: float) -> None:
     rows, columns = dense.shape
     assert update.shape == (rows, columns)
     x, y = random(columns, 3, seed=7).double(), random(rows, 3, seed=8).double()
-    for got, goal in ((update.times(x), dense @ x), (update.transposed_times(y), dense.T @ y)):
+    image, returned = update.round_trip(x)
+    for got, goal in (
+        (update.times(x), dense @ x),
+        (update.transposed_times(y), dense.T @ y),
+        (image, dense @ x),
+        (returned, dense.T @ dense @ x),
+        (update.row_squares, dense.square().sum(dim=1)),
+        (update.column_squares, dense.square().sum(dim=0)),
+    ):
         assert got.shape == goal.shape
         assert float((got.double() - goal).norm()) <= tolerance * float(goal.norm())
     assert update.square == pytest.approx(float(dense.square().sum()), rel=tolerance)
@@ -183,3 +192,59 @@ def test_a_zero_row_that_stays_zero(store: Store) -> None:
         product = up.times(random(6, 2))
         assert not product[2].any()
         assert bool(torch.isfinite(product).all())
+
+
+@pytest.mark.parametrize("axis", MagnitudeAxis)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_the_update_almost_cancels(
+    store: Store, axis: MagnitudeAxis, dtype: torch.dtype
+) -> None:
+    """Of `w² + 2 w d + d²` nothing would be left but rounding."""
+    weight, tensors = random(12, 12, seed=9, dtype=dtype), parts(12, 12, axis)
+    tensors["up"][3], tensors["down"][:, 5] = 0, 0
+    if axis is OUT:
+        tensors["up"][3, 0] = -2
+        tensors["down"][0] = weight[3].float() * (1 + 1e-4 * random(12, seed=4))
+    else:
+        tensors["down"][0, 5] = -2
+        tensors["up"][:, 0] = weight[:, 5].float() * (1 + 1e-4 * random(12, seed=4))
+    low_rank = 0.5 * tensors["up"].double() @ tensors["down"].double()
+    norms = (weight.double() + low_rank).norm(dim=1 if axis is OUT else 0)
+    assert float(norms.min()) < 1e-3 < 1e-1 * float(norms.median())
+    refs = store("adapter.safetensors", **tensors)
+    piece = Piece(0, 12, module(refs, axis))
+    with open_update(store(w=weight)["w"], piece, Reader(), Buffers()) as update:
+        rtol = 1e-6 if dtype is torch.float32 else 1e-3
+        goal = tensors["m"].double() / norms
+        torch.testing.assert_close(update.factor.double(), goal, rtol=rtol, atol=0)
+
+
+def test_a_factor_needs_no_norms(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = parts(9, 7, OUT)
+    refs = store("adapter.safetensors", **tensors)
+    made = replace(module(refs), magnitude_is=MagnitudeKind.FACTOR)
+    monkeypatch.setattr(RowBlocks, "read", lambda *_: pytest.fail("W was read"))
+    with open_update(store(w=random(9, 7))["w"], Piece(0, 9, made), Reader(), Buffers()) as update:
+        torch.testing.assert_close(update.factor, tensors["m"].double())
+
+
+def test_a_small_weight_is_read_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, block: None
+) -> None:
+    refs = store("adapter.safetensors", **parts(30, 20, OUT))
+    monkeypatch.setattr(under_test, "_KEPT_BYTES", 30 * 20 * 4)
+    monkeypatch.setattr(under_test, "BLOCK_BYTES", 500)
+    base = store(w=random(30, 20))["w"]
+    seen: list[int] = []
+    read = RowBlocks.read
+
+    def counted(self: RowBlocks, start: int, stop: int, buffer: Tensor) -> Tensor:
+        seen.extend(range(start, stop))
+        return read(self, start, stop, buffer)
+
+    monkeypatch.setattr(RowBlocks, "read", counted)
+    with open_update(base, Piece(0, 30, module(refs)), Reader(), Buffers()) as update:
+        update.times(random(20, 2))
+        update.transposed_times(random(30, 2))
+        assert update.square > 0
+    assert seen == list(range(30))

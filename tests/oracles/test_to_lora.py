@@ -57,6 +57,7 @@ def run(
         how=api.LoraOptions(stack=stack, **how),
     )
     assert sorted(file.name for file in out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
