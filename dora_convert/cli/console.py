@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,16 @@ import click
 if TYPE_CHECKING:
     from dora_convert.core.protocols import Listener
 
-__all__ = ["COMPLETE", "PROGRAM", "note", "printable", "progress", "show_json", "size"]
+__all__ = [
+    "COMPLETE",
+    "PROGRAM",
+    "note",
+    "printable",
+    "progress",
+    "show_json",
+    "show_path",
+    "size",
+]
 
 PROGRAM = "dora-convert"
 COMPLETE = "_DORA_CONVERT_COMPLETE"  # set by the completion script when it asks
@@ -35,9 +45,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def show_json(kind: str, value: Any) -> None:
-    """A report as one JSON object that names its schema; a number that is none becomes null."""
+def show_path(path: str) -> None:
+    """The path that a command has made, byte for byte as it is, whatever the encoding."""
+    click.echo(os.fsencode(path))
+
+
+def show_json(kind: str, value: Any, **more: Any) -> None:
+    """A report as one JSON object that names its schema; a number that is none becomes null.
+
+    `more` are reports on what else was done, by key; None is left out.
+    """
     body = {"schema": f"dora-convert/{kind}/1", **_strict(dataclasses.asdict(value))}
+    body |= {key: _strict(dataclasses.asdict(item)) for key, item in more.items() if item}
     # In ASCII, since stdout may have any encoding.
     click.echo(json.dumps(body, indent=2, allow_nan=False))
 

@@ -57,11 +57,11 @@ class Fields:
 
     def counts(self, key: str) -> Mapping[str, int]:
         """A mapping of strings to whole numbers of at least 1."""
-        return {k: self._count(f"{key}[{k!r}]", v, 1) for k, v in self._mapping(key).items()}
+        return {k: self._count(_entry(key, k), v, 1) for k, v in self._mapping(key).items()}
 
     def numbers(self, key: str) -> Mapping[str, float]:
         """A mapping of strings to finite numbers."""
-        return {k: self._number(f"{key}[{k!r}]", v, 1.0) for k, v in self._mapping(key).items()}
+        return {k: self._number(_entry(key, k), v, 1.0) for k, v in self._mapping(key).items()}
 
     def strings(self, key: str) -> tuple[str, ...]:
         """A list of strings; absent and null mean none, a single string means itself."""
@@ -107,3 +107,7 @@ class Fields:
                 return float(value)
         self.reject(key, f"must be a finite number, not {value!r:.60}")
         return default
+
+
+def _entry(key: str, name: str) -> str:
+    return f"{key}[{name!r:.80}]"

@@ -75,7 +75,7 @@ def scalings(
         expected = by_rank[rank_of[path]] if path in rank_of else rank
         stored = ranks.get(path, expected)
         if stored != expected:
-            key = f"rank_pattern[{rank_of[path]!r}]" if path in rank_of else "r"
+            key = f"rank_pattern[{rank_of[path]!r:.80}]" if path in rank_of else "r"
             problems.append(
                 f"{path}: {CONFIG} says rank {expected} ({key}), the tensors have rank {stored}"
             )

@@ -7,8 +7,9 @@ Source: peft 0.9 to 0.21, `tuners/lora/` and `utils/save_and_load.py`. A key is
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -198,7 +199,9 @@ def _modules(
     ranks = {
         path: ref.spec.shape[0]
         for path, tensors in adapted.items()
-        if (ref := tensors.get("down") or tensors.get("embedding_a")) and ref.spec.numel
+        if (ref := tensors.get("down") or tensors.get("embedding_a"))
+        and ref.spec.shape
+        and ref.spec.numel
     }
     by_path = scalings(sorted(adapted), ranks, fields, problems)
     modules: dict[str, DoraModule] = {}
@@ -320,7 +323,8 @@ def _replaced(
 ) -> dict[str, TensorRef]:
     """Tensors that were trained whole: modules_to_save, biases, resized embeddings."""
     replaced = {}
-    to_save = fields.strings("modules_to_save")
+    to_save = frozenset(fields.strings("modules_to_save"))
+    sizes = {len(key) for key in to_save}
     bias = fields.text("bias") or "none"
     for path, tensors in parts.modules.items():
         # In a raw dump also where it was not trained: it is what the weight was trained with.
@@ -330,7 +334,7 @@ def _replaced(
         path, _, leaf = name.rpartition(".")
         if (
             name in parts.trained
-            or _is_saved(path, to_save)
+            or _is_saved(path, to_save, sizes)
             # PEFT trains whatever has bias in its name, such as T5's relative_attention_bias.
             or (bias == "all" and "bias" in name)
             or (bias != "none" and leaf == "bias")
@@ -349,11 +353,13 @@ def _replaced(
     return replaced
 
 
-def _is_saved(path: str, to_save: tuple[str, ...]) -> bool:
-    """PEFT's rule: some enclosing module's path ends with the key, at any character."""
-    pieces = path.split(".")
-    prefixes = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
-    return any(prefix.endswith(key) for key in to_save for prefix in prefixes)
+def _is_saved(path: str, to_save: Collection[str], sizes: Iterable[int]) -> bool:
+    """PEFT's rule: some enclosing module's path ends with the key, at any character.
+
+    `sizes` are those of the keys, of which there may be very many.
+    """
+    ends = itertools.accumulate(map(len, path.split(".")), lambda end, size: end + 1 + size)
+    return any(path[end - size : end] in to_save for end in ends for size in sizes if size <= end)
 
 
 def _token_rows(parts: _Parts, config: Json, problems: list[str]) -> dict[str, TokenRows]:

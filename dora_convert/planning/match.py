@@ -22,6 +22,8 @@ from dora_convert.planning.resolve import Resolver, resolver
 
 __all__ = ["Matching", "Target", "match"]
 
+_HINTED = 20  # problems, each of which a search through all names may go with
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -113,7 +115,7 @@ def _target(
             origin = (Rows(tied, 0, _rows_of(checkpoint.tensors[tied])),)
             creates = f"{path}.weight"
     if origin is None:
-        near = names.near(f"{path}.weight")
+        near = names.near(f"{path}.weight") if len(problems) < _HINTED else []
         hint = f"; nearest: {', '.join(near)}" if near else ""
         problems.append(f"{path}: the base has no tensor {path}.weight{hint}")
         return None
@@ -247,7 +249,7 @@ def _match_replaced(
             if _is_new(name, adapter):
                 matching.replaced[name] = ref.renamed(name)
             else:
-                near = names.near(name)
+                near = names.near(name) if len(matching.problems) < _HINTED else []
                 hint = f"; nearest: {', '.join(near)}" if near else ""
                 matching.problems.append(f"{name}: the base has no such tensor{hint}")
             continue

@@ -150,7 +150,8 @@ def _parts(table: Json, part: _Part, config: Json) -> Iterator[_Part]:
         name = written
         section = config if key is not None else {}
         for step in (key or "").split("."):
-            section = section.get(step) or {} if step else section
+            inner = section.get(step) if step else section
+            section = inner if isinstance(inner, Mapping) else {}
         kind = section.get("model_type")
         if factory and kind:
             # Whatever class that factory makes of it; the table leaves out those without rules.

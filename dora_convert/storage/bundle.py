@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.globs import matches_any
-from dora_convert.core.tensors import DType, Pickled, Slice, TensorRef
+from dora_convert.core.tensors import DType, Pickled, Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import contents, list_files, require_inside, require_path
@@ -128,16 +128,22 @@ _UNPACKED = {DType.F16: "<e", DType.F32: "<f", DType.F64: "<d", DType.I32: "<i",
 
 
 def _scalars(refs: Iterable[TensorRef]) -> dict[str, float]:
-    """The values of tensors with one element."""
+    """The values of tensors with one element, complex numbers left out."""
+    sliced: dict[Path, list[tuple[TensorSpec, int]]] = defaultdict(list)
     pickled: dict[Path, list[str]] = defaultdict(list)
     values = {}
     for ref in refs:
-        if ref.stored.numel != 1:
+        if ref.stored.numel != 1 or ref.stored.dtype is DType.C64:
             continue
         if isinstance(ref.source, Pickled):
             pickled[ref.source.file].append(ref.source.key)
         elif isinstance(ref.source, Slice):
-            values[ref.stored.name] = _unpacked(ref.stored.dtype, _bytes(ref, ref.source))
+            sliced[ref.source.file].append((ref.stored, ref.source.start))
+    for file, places in sliced.items():
+        with opened(file) as (fd, _):
+            for spec, start in places:
+                raw = pread_exactly(fd, file, length=spec.nbytes, offset=start)
+                values[spec.name] = _unpacked(spec.dtype, raw)
     for file, keys in pickled.items():
         from dora_convert.storage.pickled import open_pickle  # noqa: PLC0415 - it imports torch
 
@@ -153,8 +159,3 @@ def _unpacked(dtype: DType, raw: bytes) -> float:
         return math.nan
     (value,) = struct.unpack(_UNPACKED[dtype], raw)
     return float(value)
-
-
-def _bytes(ref: TensorRef, source: Slice) -> bytes:
-    with opened(source.file) as (fd, _):
-        return pread_exactly(fd, source.file, length=ref.stored.nbytes, offset=source.start)

@@ -1,15 +1,18 @@
 """The safetensors header: read from a file, and laid out from declared specs alone.
 
 The format is described at https://github.com/huggingface/safetensors#format. The reader accepts
-less than the library does: a name given twice, a name that cannot be printed and a key that the
-format does not know are errors here.
+less than the library does. Errors here, and not there: a name given twice, empty, unprintable or of
+more than 1000 characters; a key that the format does not know; a shape that torch cannot hold,
+which has a zero beside sizes whose product overflows; a header of more than 48 MB, or of more than
+300,000 tensors, which no model has in one file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -24,13 +27,30 @@ __all__ = ["PT_METADATA", "Layout", "layout", "read_header"]
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
-_MAX_LENGTH = 100_000_000
-_MAX_TENSORS = 500_000
+_FORMAT_LENGTH = 100_000_000
+_MAX_LENGTH = 48_000_000
+_MAX_TENSORS = 300_000
+_MAX_METADATA = 10_000
+_MAX_NAME = 1000
 _MAX_RANK = 16
+_MOST = 2**63 - 1  # elements
 _MAX_ENTRY = 2000  # characters of one tensor's `{...}`; sixteen axes of 19 digits take 400
 _KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _SPACE = re.compile(r"[ \t\n\r]*")
+# A JSON string; half a surrogate pair is no text. Possessive, so that a long one costs no stack.
+_STRING = re.compile(
+    r'"(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
+    r'|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"'
+)
+# A tensor and the comma after it, as all writers write them, and some a hundred thousand times.
+_NUMBER = r"(?:0|[1-9][0-9]{0,18})"
+_NUMBERS = rf"(?:{_NUMBER}(?:, ?{_NUMBER}){{0,{_MAX_RANK - 1}}})?"
+_USUAL = re.compile(
+    rf'"(?!__metadata__")(?P<name>[^"\\\x00-\x1f]{{1,{_MAX_NAME}}}+)": ?'
+    rf'\{{"dtype": ?"(?P<dtype>\w{{1,12}})", ?"shape": ?\[(?P<shape>{_NUMBERS})\], ?'
+    rf'"data_offsets": ?\[(?P<begin>{_NUMBER}), ?(?P<end>{_NUMBER})\]\}}, ?'
+)
 _AGAIN = "Download it again, or have it written again."
 
 
@@ -44,7 +64,6 @@ def _not_natural(digits: str) -> int:
     raise ValueError(digits)
 
 
-_STRING = json.JSONDecoder()
 _ENTRY = json.JSONDecoder(
     object_pairs_hook=tuple,
     parse_int=_natural,
@@ -91,15 +110,16 @@ def read_header(file: Path) -> dict[str, TensorRef]:
     try:
         with opened(file) as (fd, size):
             length = _length(fd, file, size)
-            raw = pread_exactly(fd, file, length=length, offset=8)
-        entries = _parse(raw)
-        _check_cover(entries, size - 8 - length)
+            text = _decoded(pread_exactly(fd, file, length=length, offset=8))
+        places = _parse(text)
+        _check_cover(places.values(), size - 8 - length)
     except _FaultError as fault:
         raise InputError(f"{file.name} {fault}", where=str(file), hint=fault.hint) from fault
-    refs = {}
-    for name, (spec, start, _) in entries.items():
-        refs[name] = TensorRef(spec=spec, source=Slice(file, 8 + length + start), stored=spec)
-    return refs
+    data = 8 + length
+    return {
+        name: TensorRef(spec=spec, source=Slice(file, data + begin), stored=spec)
+        for name, (spec, begin, _) in places.items()
+    }
 
 
 class _FaultError(ValueError):
@@ -110,65 +130,76 @@ class _FaultError(ValueError):
         self.hint = hint
 
 
-_Entry = tuple[TensorSpec, int, int]  # spec, begin, end
+_Place = tuple[TensorSpec, int, int]  # with where its bytes begin and end
 
 
 def _length(fd: int, file: Path, size: int) -> int:
     if size < 8:
         raise _FaultError(f"is too short for a safetensors file: {size} bytes")
     length = int.from_bytes(pread_exactly(fd, file, length=8, offset=0), "little")
-    if length == 0 or length > _MAX_LENGTH:
+    if length == 0 or length > _FORMAT_LENGTH:
         text = f"is not a safetensors file: its first 8 bytes give a header of {length} bytes"
         raise _FaultError(text, "Check that this is the right file.")
+    if length > _MAX_LENGTH:
+        raise _FaultError(f"has a header of {length} bytes, more than the {_MAX_LENGTH} allowed")
     if length > size - 8:
         raise _FaultError(f"is truncated: its header takes {length} bytes and {size - 8} are there")
     return length
 
 
-def _parse(raw: bytes) -> dict[str, _Entry]:
-    """Tensor by tensor, so that a hostile header costs no more memory than an honest one."""
+def _decoded(raw: bytes) -> str:
+    # One character outside of ASCII makes all of the text two or four times as large in memory.
+    if len(raw) > _MAX_LENGTH // 4 and not raw.isascii():
+        raise _FaultError(f"has a header of {len(raw)} bytes, too long for one that is not ASCII")
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         raise _FaultError("has a broken header: it is not UTF-8") from error
+
+
+def _parse(text: str) -> dict[str, _Place]:
+    """Tensor by tensor, so that a hostile header costs no more memory than an honest one."""
     if not text.startswith("{"):
         raise _FaultError("has a broken header: it is not a JSON object")
-    entries: dict[str, _Entry] = {}
+    places: dict[str, _Place] = {}
     metadata = False
-    for name, begin in _keys(text, 0):
-        if name in entries or (name == "__metadata__" and metadata):
+    for name, value in _members(text):
+        if name in places or (name == "__metadata__" and metadata):
             raise _FaultError(f"names {quoted(name)} twice in its header")
         if name == "__metadata__":
             metadata = True
             continue
-        if len(entries) == _MAX_TENSORS:
+        if len(places) == _MAX_TENSORS:
             raise _FaultError(f"holds more than {_MAX_TENSORS} tensors")
         if not name or not name.isprintable():
             raise _FaultError(f"has a tensor whose name {quoted(name)} is empty or unprintable")
         try:
-            entries[name] = _entry(name, text[begin : text.find("}", begin) + 1])
+            places[name] = _entry(name, value)
         except _FaultError as fault:
             at = f"has a broken header at tensor {quoted(name)}: {fault}"
             raise _FaultError(at, fault.hint) from fault
-    return entries
+    return places
 
 
-def _keys(text: str, at: int) -> Iterable[tuple[str, int]]:
-    """Each key of the object at `at`, with the place where its value begins."""
-    at = _skip(text, at + 1)
+def _members(text: str) -> Iterator[tuple[str, re.Match[str] | str]]:
+    """Each key of the object that `text` is, with its value: where that is usual, as a match."""
+    at = _skip(text, 1)
     if text.startswith("}", at):
         _check_rest(text, at + 1)
         return
     while True:
-        name, at = _string(text, at)
+        while (usual := _USUAL.match(text, at)) is not None:
+            yield usual["name"], usual
+            at = usual.end()
+        name, at = _key(text, _skip(text, at))
         at = _skip(text, _expect(text, _skip(text, at), ":"))
-        yield name, at
-        at = _metadata_end(text, at) if name == "__metadata__" else text.find("}", at) + 1
-        at = _skip(text, at)
+        end = _metadata_end(text, at) if name == "__metadata__" else text.find("}", at) + 1
+        yield name, text[at:end]
+        at = _skip(text, end)
         if text.startswith("}", at):
             _check_rest(text, at + 1)
             return
-        at = _skip(text, _expect(text, at, ","))
+        at = _expect(text, at, ",")
 
 
 def _metadata_end(text: str, at: int) -> int:
@@ -183,29 +214,37 @@ def _metadata_end(text: str, at: int) -> int:
         return at + 1
     seen: set[str] = set()
     while True:
-        key, at = _string(text, at)
+        key, at = _key(text, at)
         if key in seen:
             raise _FaultError(f"names {quoted(key)} twice in its header's __metadata__")
-        if len(seen) == _MAX_TENSORS:
-            raise _FaultError(f"has more than {_MAX_TENSORS} entries in its header's __metadata__")
+        if len(seen) == _MAX_METADATA:
+            raise _FaultError(f"has more than {_MAX_METADATA} entries in its header's __metadata__")
         seen.add(key)
         at = _skip(text, _expect(text, _skip(text, at), ":"))
         if not text.startswith('"', at):
             raise _FaultError(wrong)
-        at = _skip(text, _string(text, at)[1])
+        at = _skip(text, _string_end(text, at))
         if text.startswith("}", at):
             return at + 1
         at = _skip(text, _expect(text, at, ","))
 
 
-def _string(text: str, at: int) -> tuple[str, int]:
+def _key(text: str, at: int) -> tuple[str, int]:
+    """The string at `at`, and the place past it."""
+    end = _string_end(text, at)
+    key: str = json.loads(text[at:end]) if end - at <= 12 * _MAX_NAME + 2 else ""
+    if end - at > 2 and not 0 < len(key) <= _MAX_NAME:
+        what = f"has a name of more than {_MAX_NAME} characters in its header: "
+        raise _FaultError(what + quoted(text[at + 1 : at + 200]))
+    return key, end
+
+
+def _string_end(text: str, at: int) -> int:
     _expect(text, at, '"')
-    try:
-        value, end = _STRING.raw_decode(text, at)
-        value.encode()  # half a surrogate pair is no text
-    except ValueError as error:
-        raise _FaultError("has a broken header: it is not JSON") from error
-    return value, end
+    match = _STRING.match(text, at)
+    if match is None:
+        raise _FaultError("has a broken header: it is not JSON")
+    return match.end()
 
 
 def _skip(text: str, at: int) -> int:
@@ -227,8 +266,12 @@ def _check_rest(text: str, at: int) -> None:
         raise _FaultError(f"has a broken header: characters follow its end at character {at}")
 
 
-def _entry(name: str, text: str) -> _Entry:
+def _entry(name: str, text: re.Match[str] | str) -> _Place:
     """Read one tensor from its `{...}`."""
+    if isinstance(text, re.Match):
+        _, label, counts, begin, end = text.groups()
+        sizes = tuple(map(int, counts.split(","))) if counts else ()
+        return _sized(name, label, sizes, int(begin), int(end))
     if not text.startswith("{") or len(text) > _MAX_ENTRY:
         raise _FaultError("dtype, shape and data_offsets are not there")
     try:
@@ -238,36 +281,40 @@ def _entry(name: str, text: str) -> _Entry:
     info: dict[str, Any] = dict(pairs)
     if len(pairs) != len(_KEYS) or info.keys() != _KEYS:
         raise _FaultError("it must give dtype, shape and data_offsets, once, and nothing else")
-    dtype = _DTYPES.get(info["dtype"]) if isinstance(info["dtype"], str) else None
-    if dtype is None:
-        raise _FaultError(f"dtype {quoted(str(info['dtype']))} is not known")
     shape, offsets = info["shape"], info["data_offsets"]
     if not _are_counts(shape) or len(shape) > _MAX_RANK:
         raise _FaultError(f"its shape must be at most {_MAX_RANK} whole numbers")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise _FaultError("its data_offsets must be two whole numbers")
-    return _sized(TensorSpec(name, dtype, tuple(shape)), offsets[0], offsets[1])
+    return _sized(name, info["dtype"], tuple(shape), offsets[0], offsets[1])
 
 
-def _sized(spec: TensorSpec, begin: int, end: int) -> _Entry:
-    if spec.numel * spec.dtype.bits % 8:
-        raise _FaultError(f"{spec.numel} elements of {spec.dtype.label} are no whole bytes")
-    if end - begin != spec.nbytes:
+def _sized(name: str, label: object, shape: tuple[int, ...], begin: int, end: int) -> _Place:
+    dtype = _DTYPES.get(label) if isinstance(label, str) else None
+    if dtype is None:
+        raise _FaultError(f"dtype {quoted(str(label))} is not known")
+    numel = math.prod(shape)
+    if numel > _MOST or (numel == 0 and math.prod(size or 1 for size in shape) > _MOST):
+        raise _FaultError(f"its shape {list(shape)} is too large for any machine")
+    nbytes, rest = divmod(numel * dtype.bits, 8)
+    if rest:
+        raise _FaultError(f"{numel} elements of {dtype.label} are no whole bytes")
+    if end - begin != nbytes:
         raise _FaultError(
-            f"{spec.dtype.label} {list(spec.shape)} takes {spec.nbytes} bytes, "
+            f"{dtype.label} {list(shape)} takes {nbytes} bytes, "
             f"its data_offsets {begin} to {end} span {end - begin}"
         )
-    return spec, begin, end
+    return TensorSpec(name, dtype, shape), begin, end
 
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _check_cover(entries: Mapping[str, _Entry], data: int) -> None:
+def _check_cover(places: Iterable[_Place], data: int) -> None:
     """Require that the tensors follow one another from 0 to the file's last byte."""
     at = 0
-    for spec, begin, end in sorted(entries.values(), key=itemgetter(1, 2)):
+    for spec, begin, end in sorted(places, key=itemgetter(1, 2)):
         if begin != at:
             fault = f"{begin - at} unused bytes lie before" if begin > at else "another overlaps"
             raise _FaultError(f"has a broken header: {fault} tensor {quoted(spec.name)}")

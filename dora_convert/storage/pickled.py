@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_convert.core.tensors import Pickled, TensorRef, TensorSpec
 from dora_convert.errors import InputError
+from dora_convert.storage import pickle_scan
 from dora_convert.storage.dtypes import TORCH, from_torch
 from dora_convert.storage.opening import opened, quoted
 from dora_convert.storage.oserrors import writing
@@ -22,6 +23,7 @@ __all__ = ["open_pickle", "read_pickle_header", "save_pickle"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _KNOWN = frozenset(TORCH.values())
+_ZIP, _RECORD = b"PK\x03\x04", "data.pkl"
 _CONVERT = "Save it as safetensors with the program that wrote it."
 
 
@@ -39,10 +41,9 @@ def open_pickle(file: Path) -> dict[str, Tensor]:
 
     Loaded with `weights_only=True` and never otherwise.
     """
-    with opened(file):
-        zipped = zipfile.is_zipfile(file)
-        if zipped:
-            _check_zip(file)
+    with opened(file) as (fd, _):
+        zipped = os.pread(fd, len(_ZIP), 0) == _ZIP  # as torch tells them apart
+        _check(file, zipped=zipped)
         content = _load(file, zipped=zipped)
     if not isinstance(content, dict):
         what = f"{file.name} holds a {type(content).__name__}, not a dictionary of tensors"
@@ -70,26 +71,47 @@ def _load(file: Path, *, zipped: bool) -> Any:
         return torch.load(file, weights_only=True, map_location="cpu", mmap=zipped)
     except Exception as error:  # torch raises a dozen kinds for a bad file
         wanted = re.search(r"(?:GLOBAL|REDUCE\S*|global) ([\w.]+)", str(error))
-        if wanted:
-            what = f"{file.name} holds more than tensors ({wanted[1]}), which is not run"
-            hint = _CONVERT
-        else:
-            what = f"{file.name} is damaged or not a torch pickle of tensors"
-            hint = "Download it again, or have it written again."
-        raise InputError(what, where=str(file), hint=hint) from error
+        if wanted is None:
+            raise _damaged(file) from error
+        what = f"{file.name} holds more than tensors ({wanted[1]:.100}), which is not run"
+        raise InputError(what, where=str(file), hint=_CONVERT) from error
 
 
-def _check_zip(file: Path) -> None:
-    """Refuse compressed archives: mapped storages are taken as they lie in the file."""
+def _check(file: Path, *, zipped: bool) -> None:
+    """Refuse what would take much to load, and compressed archives: storages are to be mapped."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            packed = any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        excessive = _is_excessive_zip(file) if zipped else _is_excessive_old(file)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         what = f"{file.name} is damaged: its zip directory cannot be read"
         raise InputError(what, where=str(file), hint="Download it again.") from error
-    if packed:
+    except (ValueError, RuntimeError) as error:
+        raise _damaged(file) from error
+    if excessive:
+        what = f"{file.name} holds far more than a dictionary of tensors"
+        raise InputError(what, where=str(file), hint=_CONVERT)
+
+
+def _is_excessive_zip(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         what = f"{file.name} is a compressed archive, which torch does not write"
         raise InputError(what, where=str(file), hint=_CONVERT)
+    if any(e.filename.endswith(_RECORD) and e.file_size > pickle_scan.LARGEST for e in entries):
+        return True
+    # By torch's own reader: an archive can be made that two readers do not see as the same.
+    return pickle_scan.is_excessive(torch._C.PyTorchFileReader(str(file)).get_record(_RECORD))
+
+
+def _is_excessive_old(file: Path) -> bool:
+    # Two numbers, the machine, the object, and the order of the data that follows.
+    with file.open("rb") as stream:
+        return pickle_scan.is_excessive(stream.read(pickle_scan.LARGEST), pickles=5)
+
+
+def _damaged(file: Path) -> InputError:
+    what = f"{file.name} is damaged or not a torch pickle of tensors"
+    return InputError(what, where=str(file), hint="Download it again, or have it written again.")
 
 
 def _fault(key: object, value: object) -> str:
@@ -105,6 +127,8 @@ def _fault(key: object, value: object) -> str:
         trouble = "is a sparse or nested tensor"
     elif value.device.type != "cpu":
         trouble = f"has no data (device {value.device.type})"
+    elif value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        trouble = f"has {value.numel()} elements, more than are stored"
     elif value.dtype not in _KNOWN:
         trouble = f"has an element type that is not supported ({value.dtype})"
     return f"{quoted(key)} {trouble}" if trouble else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import assert_never
 
 from dora_convert.core.plan import CarriedFile, Document, WrittenFile
+from dora_convert.storage.folders import leaves
 from dora_convert.storage.oserrors import reading, writing
 
 __all__ = ["documents_size", "own_files", "write_documents"]
@@ -36,14 +37,17 @@ _TOKENIZER = (
 
 
 def own_files(adapter: Path, base: Path) -> dict[str, Path]:
-    """The adapter's tokenizer and processor files that the base lacks, or has otherwise."""
+    """The adapter's tokenizer and processor files that the base lacks, or has otherwise.
+
+    A link out of the adapter's folder is none: what it shows could end up in what is published.
+    """
     found = {}
     for name in _TOKENIZER:
         mine, theirs = adapter / name, base / name
         with reading(mine):
-            if mine.is_file() and not (
-                theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)
-            ):
+            if not mine.is_file() or leaves(adapter, mine):
+                continue
+            if not (theirs.is_file() and filecmp.cmp(mine, theirs, shallow=False)):
                 found[name] = mine
     return found
 

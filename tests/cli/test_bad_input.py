@@ -599,3 +599,15 @@ def test_json_error_of_a_bug(
     body = json.loads(run("inspect", box.adapter, "--json").err)
     assert body["exit_code"] == 1
     assert "ZeroDivisionError" in body["error"]
+
+
+def test_a_tokenizer_that_is_a_link_is_not_published(box: Sandbox) -> None:
+    """A private file of whoever merges would go into the output, and from there to the Hub."""
+    secret = box.root / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    (box.adapter / "chat_template.jinja").symlink_to(secret)
+    (box.adapter / "vocab.txt").write_text("of the adapter")
+    (box.base / "merges.txt").symlink_to(secret)
+    assert box.merge("--quiet").code == 0
+    assert (box.out / "vocab.txt").read_text() == "of the adapter"
+    assert not [file for file in box.out.rglob("*") if b"PRIVATE" in file.read_bytes()]

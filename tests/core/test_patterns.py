@@ -85,3 +85,33 @@ def test_no_regular_expression(key: str) -> None:
     with pytest.raises(InputError, match="is not a regular expression") as caught:
         found("q", key)
     assert len(caught.value.what) < 300
+
+
+def test_ten_thousand_plain_keys_take_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as an adapter of experts has, each of a rank of its own."""
+    monkeypatch.delattr(subprocess, "run")
+    paths = [f"model.layers.{i}.mlp.experts.{k}.down_proj" for i in range(40) for k in range(250)]
+    keys = [f"^{path}" for path in reversed(paths)]
+    assert first_matches(keys, paths, where="here") == {path: f"^{path}" for path in paths}
+
+
+def test_more_kinds_of_keys_than_are_looked_up() -> None:
+    keys = ["a" * n for n in range(1, 400)]
+    assert first_matches(keys[::-1], ["a" * 399, "x." + "a" * 30], where="here") == {
+        "a" * 399: "a" * 399,
+        "x." + "a" * 30: "a" * 30,
+    }
+
+
+def test_expression_that_is_never_compiled() -> None:
+    """To compile it takes minutes, and is not done in this process."""
+    with pytest.raises(InputError, match="takes too long to match") as caught:
+        found("q", "(?i:" + "[\0-\U0010ffff]" * 3000 + ")")
+    assert len(caught.value.what) < 300
+
+
+def test_expression_that_takes_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_MEMORY", 64 << 20)
+    monkeypatch.setattr(patterns, "_SECONDS", 60)
+    with pytest.raises(InputError, match="takes too long to match"):
+        found("(?:" + "(a|b)" * 100_000 + ")+")

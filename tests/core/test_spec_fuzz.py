@@ -6,6 +6,7 @@ import contextlib
 import re
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -81,3 +82,28 @@ def check(text: str) -> None:
     mine.detect(held)
     with contextlib.suppress(InputError):
         mine.write(mine.read(held))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{'.'.join(['a'] * 30_000)}]",
+        f"{'.'.join(['a'] * 30_000)} = 1",
+        f"a = {{{'.'.join(['a'] * 3000)} = 1}}",
+        ".".join(["'a'", '"b"'] * 3000) + " = 1",
+        "[write]\n" + ".".join(["a"] * 3000) + " = 1",
+        "[write]\na = " + "{a = " * 230 + "1" + "}" * 230,
+        "[write]\na = " + "[" * 20_000 + "]" * 20_000,
+    ],
+    ids=["header", "key", "inline", "quoted", "written", "tables", "lists"],
+)
+def test_deep_nesting(text: str) -> None:
+    """In little time and memory, whatever of it the standard parser would take."""
+    with pytest.raises(InputError, match=r"nested too deeply|is wrong"):
+        parse(text, name="mine", file="mine.toml")
+
+
+def test_dots_that_are_no_nesting() -> None:
+    dots = "." * 100
+    text = example_spec() + f"# {dots}\n"
+    parse(text.replace('title = "', f'title = "{dots}'), name="mine", file="mine.toml")

@@ -224,7 +224,7 @@ def test_all_mistakes_at_once_in_the_order_of_the_file() -> None:
     assert {1, 2, 3, 4} <= set(lines)
 
 
-@pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "[", "x = " + "[" * 5000])
+@pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "["])
 def test_what_is_no_toml(text: str) -> None:
     with pytest.raises(InputError, match="is not valid TOML"):
         parsed(text)

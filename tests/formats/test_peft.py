@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
@@ -17,6 +19,7 @@ from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, RowOrder
 from dora_convert.core.patterns import first_matches
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError
+from dora_convert.formats import peft
 from dora_convert.formats.peft import FORMAT
 from dora_convert.planning.checks import without
 from dora_convert.storage.bundle import open_bundle
@@ -222,6 +225,12 @@ def test_rank_of_the_config_disagrees() -> None:
 def test_tensor_that_zero3_left_empty(part: str) -> None:
     name = f"{PREFIX}{Q}.{part}"
     assert any("ZeRO-3" in p for p in problems(layer() | {name: ref(name, 0)}))
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_factor_that_is_a_single_number(part: str) -> None:
+    name = f"{PREFIX}{Q}.{part}"
+    assert f"{name} is empty []" in only_problem(layer() | {name: ref(name)})
 
 
 @pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])
@@ -689,3 +698,12 @@ def test_from_a_folder(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     assert list(FORMAT.read(open_bundle(tmp_path)).modules) == [Q]
+
+
+@given(st.lists(st.text("ab.", max_size=4), max_size=4), st.text("ab.", min_size=1, max_size=9))
+def test_modules_to_save_are_ends_of_enclosing_paths(keys: list[str], path: str) -> None:
+    """As PEFT has it: `any(key.endswith(target) for target in modules_to_save)` on each module."""
+    pieces = path.split(".")
+    enclosing = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
+    expected = any(module.endswith(key) for key in keys for module in enclosing)
+    assert peft._is_saved(path, set(keys), {len(key) for key in keys}) == expected

@@ -157,6 +157,8 @@ def test_what_is_on_disk_is_what_was_planned(limit: int | None, tmp_path: Path) 
         total += len(data) - 8 - length
     assert index["metadata"]["total_size"] == total == 3 * 8 * 8 * 2
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         INDEX,

@@ -139,7 +139,7 @@ def test_values_of_tensors_with_one_number(tmp_path: Path) -> None:
     expected = {n: t.item() for n, t in values.items() if n not in others}
     save_file(values, tmp_path / "adapter_model.safetensors")
     assert open_bundle(tmp_path).scalars == expected
-    torch.save(values, tmp_path / "a.pt")
+    torch.save(values | {"c64": torch.tensor(1j)}, tmp_path / "a.pt")
     assert open_bundle(tmp_path / "a.pt", allow_pickle=True).scalars == expected | {"u8": 8.0}
 
 

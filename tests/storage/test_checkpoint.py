@@ -256,3 +256,23 @@ def test_carried_files(tmp_path: Path, save: Make, write: Make) -> None:
     os.mkfifo(tmp_path / "in/pipe")
     files = open_checkpoint(tmp_path / "in").files
     assert files == tuple(sorted([*carried, "alias.json"]))
+
+
+def test_the_kind_of_a_model_must_be_text(tmp_path: Path, save: Make, write: Make) -> None:
+    save("model.safetensors")
+    write(
+        "config.json",
+        {
+            "model_type": ["llama"],
+            "architectures": "LlamaForCausalLM",
+            "text_config": {"model_type": 3, "inner": {"architectures": [None]}},
+            "vision_config": None,
+        },
+    )
+    assert faults(tmp_path) == [
+        "config.json: 'model_type' must be a string, not ['llama']",
+        "config.json: 'architectures' must be a list of strings",
+        "config.json, \"text_config\": 'model_type' must be a string, not 3",
+        'config.json, "text_config", "inner": \'architectures\' must be a list of strings, '
+        "not [None]",
+    ]

@@ -42,6 +42,8 @@ def test_numbers_that_json_does_not_have_are_left_to_the_caller(write: Write) ->
         (b"[]", "c.json must hold a JSON object"),
         (b"null", "c.json must hold a JSON object"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "c.json is nested too deeply"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "c.json is nested too deeply"),
+        (b'{"a":' + b"[" * 900 + b"]" * 900 + b"}", "c.json is nested too deeply"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "a number is too long"),
     ],
 )
@@ -57,7 +59,7 @@ def test_size_is_checked_before_reading(write: Write, monkeypatch: pytest.Monkey
     size = file.stat().st_size
     assert read_json(file, limit=size) == {"a": "b"}
     sparse = write("sparse.json", "{")
-    os.truncate(sparse, (16 << 20) + 1)
+    os.truncate(sparse, (4 << 20) + 1)
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 64), at))
     for path, limit in [(file, {"limit": size - 1}), (sparse, {})]:
@@ -68,3 +70,22 @@ def test_size_is_checked_before_reading(write: Write, monkeypatch: pytest.Monkey
 def test_absent(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"c\.json cannot be read: it does not exist"):
         read_json(tmp_path / "c.json")
+
+
+def test_as_deep_as_may_be(write: Write) -> None:
+    assert read_json(write("c.json", b'{"a":' * 99 + b"1" + b"}" * 99))
+
+
+@pytest.mark.parametrize(
+    ("content", "limit", "what"),
+    [
+        ('{"a":[' + "[]," * 400_000 + "1]}", 4 << 20, "holds more than 400000 values"),
+        ('{"a":[' + "0," * 400_001 + "1]}", 4 << 20, "holds more than 400000 values"),
+        ('{"a":"' + "x" * (8 << 20) + '\N{GRINNING FACE}"}', 32 << 20, "not ASCII: 8388620 bytes"),
+        ('{"a":"' + "x" * (8 << 20) + '\\u00e9"}', 32 << 20, "not ASCII: 8388622 bytes"),
+    ],
+    ids=["lists", "numbers", "wide", "escaped"],
+)
+def test_what_would_take_much_memory(write: Write, content: str, limit: int, what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        read_json(write("c.json", content), limit=limit)

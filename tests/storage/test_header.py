@@ -99,7 +99,9 @@ def test_follows_links(tmp_path: Path) -> None:
         (b"\n <html><body>", "is a web page", "login"),
         (b"\xef\xbb\xbf<html>", "is a web page", "login"),
         (b'{"error":"Repository not found"}', "is not a safetensors file", "right file"),
-        (b"PK\x03\x04" + bytes(20), "is truncated: its header takes", "again"),
+        (b"PK\x03\x04\x14\0\0\0" + bytes(20), "is not a safetensors file", "right file"),
+        (b"\x1f\x8b\x08\0" + bytes(20), "is truncated: its header takes 559903 bytes", "again"),
+        ((48_000_001).to_bytes(8, "little"), "more than the 48000000 allowed", "again"),
         (bytes(8), "give a header of 0 bytes", "right file"),
         ((100_000_001).to_bytes(8, "little"), "a header of 100000001 bytes", "right file"),
         ((2**64 - 1).to_bytes(8, "little"), "a header of 18446744073709551615", "right file"),
@@ -210,7 +212,9 @@ def test_broken_json(tmp_path: Path, text: str | bytes, what: str) -> None:
         ('"dtype":"F32","shape":[2],"data_offsets":[0,Infinity]', "is not a whole one"),
         (f'"dtype":"F32","shape":[{2**64}],"data_offsets":[0,8]', "is not a whole one"),
         (f'"dtype":"F32","shape":[{"9" * 1000}],"data_offsets":[0,8]', "is not a whole one"),
-        (f'"dtype":"F32","shape":{[2**62] * 2},"data_offsets":[0,8]', "span 8"),
+        (f'"dtype":"F32","shape":{[2**62] * 2},"data_offsets":[0,8]', "is too large"),
+        (f'"dtype":"F32","shape":[0,{2**62},2],"data_offsets":[0,0]', "is too large"),
+        (f'"dtype":"F32","shape":{[2**31] * 2 + [2, 0]},"data_offsets":[0,0]', "is too large"),
         ('"dtype":"F32","shape":[3],"data_offsets":[0,8]', "takes 12 bytes"),
         ('"dtype":"F32","shape":[2],"data_offsets":[8,0]', "8 to 0 span -8"),
         ('"dtype":"F4","shape":[3],"data_offsets":[0,1]', "3 elements of F4 are no whole bytes"),
@@ -260,12 +264,35 @@ def test_cover(tmp_path: Path, offsets: list[tuple[int, int]], nbytes: int, what
 
 def test_counts_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header, "_MAX_TENSORS", 2)
+    monkeypatch.setattr(header, "_MAX_METADATA", 2)
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     for body, what in [
         ({f"t{i}": empty for i in range(3)}, "more than 2 tensors"),
         ({"__metadata__": {f"t{i}": "" for i in range(3)}}, "more than 2 entries"),
+        ({"t" * 1001: empty}, "a name of more than 1000 characters"),
+        ({"\N{GRINNING FACE}" * 1001: empty}, "a name of more than 1000 characters"),
     ]:
         assert what in refused(tmp_path, raw(json.dumps(body))).what
+
+
+def test_longest_name_and_a_tensor_that_is_called_metadata(tmp_path: Path) -> None:
+    longest = "\N{GRINNING FACE}" * 1000
+    assert list(read_header(put(tmp_path, raw(json.dumps({longest: GOOD}), bytes(8))))) == [longest]
+    text = json.dumps({"__metadata__": GOOD, "a": GOOD})
+    assert "must map strings to strings" in refused(tmp_path, raw(text, bytes(8))).what
+
+
+def test_a_long_header_must_be_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "_MAX_LENGTH", 400)
+    for char, fits in [("x", True), ("\u00e9", False)]:
+        file = put(
+            tmp_path, raw(json.dumps({"__metadata__": {char: "y" * 200}}, ensure_ascii=False))
+        )
+        if fits:
+            assert read_header(file) == {}
+        else:
+            with pytest.raises(InputError, match="too long for one that is not ASCII"):
+                read_header(file)
 
 
 def test_needs_no_torch() -> None:

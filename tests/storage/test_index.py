@@ -33,6 +33,11 @@ def test_unusable_index(tmp_path: Path, write: Make, index: str, what: str) -> N
     assert what in faults(tmp_path)[0]
 
 
+def test_more_files_than_any_model_has(tmp_path: Path, write: Make) -> None:
+    write(INDEX, {"weight_map": {f"t{i}": f"{i}.safetensors" for i in range(10_001)}})
+    assert faults(tmp_path) == [f"{INDEX} names more than 10000 files"]
+
+
 def test_all_faults_are_told_at_once(sharded: Path, save: Make, write: Make) -> None:
     (sharded / THREE).unlink()
     save(TWO, "b", "e")
@@ -177,12 +182,14 @@ def test_broken_link_and_folder(tmp_path: Path, write: Make) -> None:
     (tmp_path / "a.safetensors").symlink_to("nowhere")
     (tmp_path / "b.safetensors").mkdir()
     os.mkfifo(tmp_path / "c.safetensors")
-    write(INDEX, {"weight_map": {name: f"{name}.safetensors" for name in "abc"}})
-    assert faults(tmp_path) == [
+    long = "d" * 300
+    write(INDEX, {"weight_map": {name: f"{name}.safetensors" for name in ("a", "b", "c", long)}})
+    assert faults(tmp_path)[:3] == [
         "b.safetensors is a folder, not a file",
         "c.safetensors is a device, pipe or socket, not a file",
         f'{INDEX} names "a.safetensors", which is not there',
     ]
+    assert faults(tmp_path)[3].endswith('ddd...", which is not there')
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -4,6 +4,7 @@ import argparse
 import collections
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import _TYPES
 
 from dora_convert.core.tensors import DType, Pickled, TensorSpec
 from dora_convert.errors import InputError
+from dora_convert.storage import pickle_scan
 from dora_convert.storage.dtypes import TORCH, from_torch
 from dora_convert.storage.pickled import open_pickle, read_pickle_header
 
@@ -140,6 +142,7 @@ def test_all_bad_entries_are_named(tmp_path: Path) -> None:
         (b"<html>", "is a web page"),
         (b"no pickle at all", "is damaged or not a torch pickle"),
         (b"\x80\x02", "is damaged or not a torch pickle"),
+        (b"(\x96\4" + bytes(20), "is damaged or not a torch pickle"),  # with a bytearray
     ],
 )
 def test_no_pickle(tmp_path: Path, content: bytes, what: str) -> None:
@@ -191,3 +194,126 @@ def test_dtypes_are_those_of_safetensors() -> None:
     assert all(native.itemsize * 8 == dtype.bits for dtype, native in TORCH.items())
     with pytest.raises(KeyError):
         from_torch(torch.complex128)
+
+
+def zipped(tmp_path: Path, content: bytes) -> Path:
+    """An archive as torch writes it, with this as its pickle."""
+    file = tmp_path / "x.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", content)
+        archive.writestr("x/version", "3\n")
+        archive.writestr("x/byteorder", "little")
+    return file
+
+
+def nested(levels: int) -> bytes:
+    """A dictionary whose key is a tuple of twice a tuple of twice a tuple ..."""
+    steps = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(levels))
+    return b"\x80\x02X\x01\0\0\0x\x85q\x00" + steps + b"}h%cK\x01s." % levels
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        nested(60),  # 2**60 steps to hash
+        nested(60).replace(b"\x85q\x00", b"0)q\x00"),  # from the empty tuple
+        b"\x80\x02" + b"]" * 2001 + b".",
+        b"\x80\x02" + b"\x8f" * 501 + b".",  # sets are large
+        b"\x80\x02" + b"N0" * 2001 + b".",
+    ],
+    ids=["tuples", "empty tuples", "lists", "sets", "nothings"],
+)
+def test_what_would_take_for_ever_or_all_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, old: bool
+) -> None:
+    monkeypatch.setattr(pickle_scan, "_MOST_VALUES", 2000)
+    file = zipped(tmp_path, content)
+    if old:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match="holds far more than a dictionary of tensors") as caught:
+        open_pickle(file)
+    assert caught.value.where == (str(file),)
+
+
+def test_tuples_as_deep_as_may_be_are_keys_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a flat dictionary of plain tensors"):
+        open_pickle(zipped(tmp_path, nested(7)))
+
+
+def test_a_pickle_of_gigabytes_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_scan, "LARGEST", 1000)
+    with pytest.raises(InputError, match="holds far more"):
+        open_pickle(zipped(tmp_path, b"\x80\x02" + b"N0" * 500 + b"}."))
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_tensors_that_claim_more_than_is_stored(tmp_path: Path, zip_file: bool) -> None:
+    content = {"a": torch.ones(1).expand(10**6, 10**6), "b": torch.ones(2, 1).expand(2, 3)}
+    file = saved(tmp_path, content, _use_new_zipfile_serialization=zip_file)
+    with pytest.raises(InputError, match="is not a flat dictionary of plain tensors") as caught:
+        open_pickle(file)
+    assert caught.value.problems == (
+        '"a" has 1000000000000 elements, more than are stored',
+        '"b" has 6 elements, more than are stored',
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "offset"),
+    [
+        ((100,), (1,), 0),
+        ((10**10,), (1,), 0),
+        ((4,), (1,), 10**9),
+        ((4,), (1,), -1),
+        ((-4,), (1,), 0),
+        ((4,), (-1,), 3),
+        ((2**62, 2**62), (0, 0), 0),
+    ],
+)
+@pytest.mark.parametrize("zip_file", [True, False])
+def test_tensors_beyond_their_storage(
+    tmp_path: Path, size: tuple[int, ...], stride: tuple[int, ...], offset: int, zip_file: bool
+) -> None:
+    storage = torch.storage.TypedStorage(
+        wrap_storage=torch.ones(4).untyped_storage(), dtype=torch.float32, _internal=True
+    )
+
+    class Claimed:
+        def __reduce__(self) -> Any:
+            arguments = (storage, offset, size, stride, False, {})
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    file = saved(tmp_path, {"w": Claimed()}, _use_new_zipfile_serialization=zip_file)
+    with pytest.raises(InputError, match="is damaged or not a torch pickle"):
+        open_pickle(file)
+
+
+def test_no_checksums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        file = saved(tmp_path, TENSORS)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert list(open_pickle(file)) == list(TENSORS)
+
+
+def test_archive_of_several_disks(tmp_path: Path) -> None:
+    """Python's own question whether a file is an archive does not always have an answer."""
+    file = saved(tmp_path, TENSORS)
+    content = bytearray(file.read_bytes())
+    locator = struct.pack("<4sLQL", b"PK\6\7", 1, 0, 7)
+    end = content.rindex(b"PK\5\6")
+    file.write_bytes(content[:end] + locator + content[end:])
+    with pytest.raises(InputError, match="its zip directory cannot be read"):
+        open_pickle(file)
+
+
+def test_an_archive_behind_an_old_pickle(tmp_path: Path) -> None:
+    """torch reads the first of the two, and so must what looks through it."""
+    archive = saved(tmp_path, TENSORS).read_bytes()
+    file = tmp_path / "both.bin"
+    file.write_bytes(nested(60) + archive)
+    assert zipfile.is_zipfile(file)
+    with pytest.raises(InputError, match="holds far more than a dictionary of tensors"):
+        open_pickle(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -43,6 +44,9 @@ _SHAPES: Final[Mapping[str, tuple[tuple[Dim, ...], ...]]] = {
 _ENDINGS: Final = {"weights": (".safetensors", ".bin", ".pt", ".pth"), "config": (".json",)}
 _FILLED: Final = ("rank", "scale", "alpha", "base_model", "modules", "leaves")
 _PLAIN = (str, int, float, bool)
+# Dots of one key: the standard parser takes the square of their number in time.
+_MOST = 50
+_STRING = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'')
 _EMPTY = NamePattern.parse(f"{{{MODULE}}}")
 
 
@@ -51,12 +55,20 @@ def parse(text: str, *, name: str, file: str) -> Spec:
 
     Raises InputError with the line and key of everything that is wrong.
     """
+    deep = InputError("the description is nested too deeply", where=file)
+    if any(_STRING.sub("", line).partition("#")[0].count(".") > _MOST for line in text.split("\n")):
+        raise deep
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise deep from error
+    except ValueError as error:
         raise InputError(f"the description is not valid TOML: {error}", where=file) from error
     faults = Faults(lines_of_keys(text))
-    spec = _spec(Table(data, (), faults), name)
+    try:
+        spec = _spec(Table(data, (), faults), name)
+    except RecursionError as error:
+        raise deep from error
     problems = faults.messages()
     if problems:
         raise InputError(
