@@ -67,7 +67,7 @@ def measured(case: merge.Case, name: str, command: merge.Command, rounds: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, help="where the data go; a temporary folder")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tiny", action="store_true", help="only try the script")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--schemes", help="some, with commas between")
@@ -78,9 +78,12 @@ def main() -> None:
         case = merge.Case(folder / "base", folder / "adapter", folder / "out" / "model")
         # Rows that every group size divides, also in the small one.
         tiny = replace(llama.TINY, hidden=128, intermediate=256, head_dim=32)
-        shape = tiny if options.tiny else replace(llama.LLAMA_1B, layers=options.layers)
+        # A small vocabulary: what is only copied says nothing about a scheme.
+        large = replace(llama.LLAMA_1B, layers=options.layers, vocab=32000)
+        shape = tiny if options.tiny else large
         llama.make(folder, shape)
         writable = [n for n in quantizers.names() if isinstance(quantizers.get(n), Quantizer)]
+        writable.remove("mxfp4")  # of gpt-oss' experts alone
         schemes = options.schemes.split(",") if options.schemes else writable
         head = ["", "runs, s", "MiB of the base in a second", "own memory, MiB"]
         rows = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from dora_convert.core.adapter import DoraModule, TokenRows
 from dora_convert.core.quantized import QuantizedWeight
-from dora_convert.core.tensors import TensorRef, TensorSpec
+from dora_convert.core.tensors import Encoded, Slice, TensorRef, TensorSpec
 
 __all__ = [
     "CarriedFile",
@@ -85,12 +86,17 @@ class ScaleBias:
 
 @dataclass(frozen=True, slots=True)
 class Quantise:
-    """Rows as `Merge` makes them, stored in a quantisation scheme as the parts of `weight`."""
+    """Rows as `Merge` makes them, stored in a quantisation scheme as the parts of `weight`.
+
+    `scales` are the base's own by role, where they are to be kept, times the factor by which each
+    row becomes longer; otherwise they are made anew.
+    """
 
     base: TensorRef
     pieces: tuple[Piece, ...]
     scheme: str
     weight: QuantizedWeight
+    scales: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
 Op: TypeAlias = Copy | Cast | Merge | PatchRows | ScaleBias | Quantise
@@ -109,6 +115,17 @@ class Job:
         if isinstance(self.op, Quantise):
             return tuple(self.op.weight.parts.values())
         return (self.output,)
+
+    @property
+    def slices(self) -> tuple[TensorRef, ...]:
+        """What it reads of the base's files, as it lies there; of pickles nothing."""
+        ref = self.op.source if isinstance(self.op, Copy | Cast | ScaleBias) else self.op.base
+        parts = ref.source.parts.values() if isinstance(ref.source, Encoded) else (ref,)
+        return tuple(
+            TensorRef(part.stored, part.source, part.stored)
+            for part in parts
+            if isinstance(part.source, Slice)
+        )
 
     @property
     def nbytes(self) -> int:

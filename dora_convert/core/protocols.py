@@ -13,7 +13,7 @@ from dora_convert.core.tensors import DType, TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AdapterFormat", "Dequantizer", "Listener", "Quantizer"]
+__all__ = ["AdapterFormat", "Dequantizer", "Folding", "Listener", "Quantizer"]
 
 
 class AdapterFormat(Protocol):
@@ -159,4 +159,27 @@ class Quantizer(Dequantizer, Protocol):
 
     def config(self, kept_dense: Sequence[str]) -> Json:
         """Entries of config.json; `kept_dense` are the modules that could be and are not."""
+        ...
+
+
+@runtime_checkable
+class Folding(Quantizer, Protocol):
+    """A scheme whose scales belong to one row each, so that a row's factor can go into them.
+
+    A base that is stored in it then keeps its codes where only the length of a row changes.
+    `folds` are the roles of the parts that a factor multiplies. `folds_best`: whether that leaves
+    less noise than new scales do, as measured on such a base.
+    """
+
+    folds: tuple[str, ...]
+    folds_best: bool
+
+    def quantize_under(
+        self, weight: QuantizedWeight, rows: Tensor, scales: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The windows of a block under given scales, the parts of `folds` in float32.
+
+        They are rounded to their stored type before or after the codes are made, as `quantize`
+        does it.
+        """
         ...

@@ -32,12 +32,14 @@ class QuantizedWeight:
 
     `parts` are the stored tensors by role. A part's dtype and shape say how its bytes are to be
     seen; that may be another view of the same row-major bytes than the file's header gives.
-    `settings` are the numbers that the parts alone do not tell, such as a group size.
+    `settings` are the numbers that the parts alone do not tell, such as a group size. `shape` is
+    how a dense checkpoint has the same row-major elements, where that is no matrix.
     """
 
     dense: TensorSpec
     parts: Mapping[str, TensorSpec]
     settings: Mapping[str, int] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

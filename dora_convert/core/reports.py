@@ -5,16 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "BenchReport",
     "ConvertReport",
     "Figures",
     "Group",
     "Inspection",
     "MergeReport",
+    "Residual",
+    "ResidualFigures",
     "Rounding",
+    "Stage",
     "Survival",
     "SurvivalFigures",
     "Verification",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Something that a merge does, alone or with what comes before it, over so many bytes."""
+
+    name: str
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """How fast a merge is here. `of_copy`: its time over that of copying the same bytes.
+
+    `limit`: what it waits for: `disk`, or `arithmetic`. `nbytes`: of the whole result, from which
+    `seconds` is extrapolated.
+    """
+
+    stages: tuple[Stage, ...]
+    of_copy: float
+    limit: str
+    nbytes: int
+    seconds: float
+    devices: tuple[str, ...]
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +118,11 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was recomputed, and what came out different."""
+    """What was recomputed, and what came out different.
+
+    `hashed`: files whose sha256 was compared with the one that was kept with the output. `notes`
+    say what was taken for granted.
+    """
 
     tensors: int
     modules: int
@@ -96,6 +130,8 @@ class Verification:
     compared_bytes: int
     differences: tuple[str, ...]
     rounding: Rounding | None
+    hashed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +164,35 @@ class Survival:
 
 
 @dataclass(frozen=True, slots=True)
+class ResidualFigures:
+    """A quantised result Q(W') alone, and with a low-rank pair P beside it.
+
+    `error`: ||Q(W') - W'|| / ||W'||; `kept`: the share of T = W' - W in Q(W') - W, by projection.
+    `corrected_error` and `corrected_kept` are those of Q(W') + P. All over whole modules.
+    """
+
+    error: float
+    corrected_error: float
+    kept: float
+    corrected_kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """A LoRA of W' - Q(W') of the adapted modules, at one rank, by module path."""
+
+    rank: int
+    total: ResidualFigures
+    modules: dict[str, ResidualFigures]
+
+
+@dataclass(frozen=True, slots=True)
 class MergeReport:
     """A finished (or, for a dry run, planned) merge. Sizes in bytes, times in seconds.
 
-    `survival` is None where nothing was stored in a quantisation scheme.
+    `kept`: shards that an earlier, interrupted run of the same command had finished already.
+    `survival` is None where nothing was stored in a quantisation scheme, `residual` where no LoRA
+    was written beside it.
     """
 
     output: str
@@ -149,6 +210,8 @@ class MergeReport:
     verification: Verification | None
     dry_run: bool
     survival: Survival | None = None
+    residual: Residual | None = None
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)

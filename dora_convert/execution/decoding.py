@@ -70,7 +70,7 @@ def as_trained(
         )
     tensors = {
         name: _rounded(ref, scheme, quantizer, flip=transposed(name.removesuffix(".weight")))
-        if quantizer.takes(ref.spec)
+        if len(ref.spec.shape) == 2 and quantizer.takes(ref.spec)
         else ref
         for name, ref in checkpoint.tensors.items()
     }
@@ -139,7 +139,8 @@ def _reference(
     parts = {
         role: _seen_as(checkpoint.tensors[spec.name], spec) for role, spec in weight.parts.items()
     }
-    return TensorRef(weight.dense, Encoded(scheme, weight, parts, tuple(rest)), weight.dense)
+    ref = TensorRef(weight.dense, Encoded(scheme, weight, parts, tuple(rest)), weight.dense)
+    return ref.reshaped(*weight.shape) if weight.shape else ref
 
 
 def _beside(

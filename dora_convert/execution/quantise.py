@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dora_convert import quant
 from dora_convert.core.plan import Quantise
+from dora_convert.core.protocols import Folding
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.kernels import Input, Output, merged_rows
 from dora_convert.execution.survival import Meter
@@ -75,23 +76,53 @@ def quantise_unit(
     with out.reader.rows(op.base) as base:
         for i, (start, stop, rows, fault) in enumerate(blocks):
             faults += fault
-            parts = scheme.quantize(
-                weight, _as_quantised(op, rows), statistic if scheme.two_pass else None
-            )
+            measured = meter.wants(i, start, stop)
+            before, own = None, {}
+            if measured or op.scales:
+                # Read once more: where the block was, the merged one is now.
+                raw = out.buffers.landing("base", op.base.spec.row_bytes * (stop - start))
+                before = out.buffers.upload("base", base.read(start, stop, raw)).to(rows.dtype)
+                own = _own_scales(op, start, stop, out)
+            parts = _quantised(op, rows, before, own, statistic)
             windows = scheme.windows(weight, start, stop)
             for role, tensor in parts.items():
                 window = windows[role]
                 assert window is not None
                 _write(out, weight.parts[role], window.start, tensor)
-            if meter.wants(i, start, stop):
-                # Read once more: where the block was, the merged one is now.
-                raw = out.buffers.landing("base", op.base.spec.row_bytes * (stop - start))
-                stored = out.buffers.upload("base", base.read(start, stop, raw))
-                meter.add(start, stored.to(rows.dtype), rows, parts)
+            if measured and before is not None:
+                meter.add(start, before, rows, parts, own)
     if unit.start == 0:
         for role, tensor in constants.items():
             _write(out, weight.parts[role], 0, tensor)
     return faults, meter.sums
+
+
+def _quantised(
+    op: Quantise,
+    rows: Tensor,
+    before: Tensor | None,
+    own: Mapping[str, Tensor],
+    statistic: Tensor | None,
+) -> Mapping[str, Tensor]:
+    """A block's parts; under the scales that the base had, times what its rows grew by."""
+    scheme = quant.writable(op.scheme)
+    if before is None or not own:
+        return scheme.quantize(
+            op.weight, _as_quantised(op, rows), statistic if scheme.two_pass else None
+        )
+    assert isinstance(scheme, Folding)
+    was = torch.linalg.vector_norm(before, dim=1)
+    factor = torch.where(was > 0, torch.linalg.vector_norm(rows, dim=1) / was, 1.0)
+    scales = {role: scale * factor.float().unsqueeze(1) for role, scale in own.items()}
+    return scheme.quantize_under(op.weight, rows.float(), scales)
+
+
+def _own_scales(op: Quantise, start: int, stop: int, out: Output) -> dict[str, Tensor]:
+    """The base's, float32; a scheme that folds has one or more for each row."""
+    return {
+        role: out.reader.load_rows(ref, start, stop).float().to(out.buffers.device)
+        for role, ref in op.scales.items()
+    }
 
 
 def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:

@@ -38,15 +38,20 @@ class Meter:
         # Never without a part of each module.
         return bool(pieces) and (index % _EVERY == 0 or any(p.start >= start for p in pieces))
 
-    def add(self, start: int, base: Tensor, merged: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """A block of W and of W', and what it was stored as."""
+    def add(
+        self,
+        start: int,
+        base: Tensor,
+        merged: Tensor,
+        parts: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+    ) -> None:
+        """A block of W and of W', and what it was stored as; `own` are scales that W had."""
         weight, scheme = self._op.weight, self._scheme
         stop, shape = start + len(merged), (len(merged), weight.columns)
         stored = quant.decoded_block(scheme, weight, start, stop, parts, self._constants)
         # As the merged rows are: with one rounding, and under the same scale of the whole tensor.
-        plain_parts, plain = quant.rounded_alone(
-            scheme, weight.dense, base.float(), self._statistic
-        )
+        plain_parts, plain = quant.rounded_alone(scheme, weight, base.float(), self._statistic, own)
         role = next(iter(weight.parts))  # the codes come first
         changed = changed_codes(parts[role], plain_parts[role], shape)
         for piece in self._op.pieces:

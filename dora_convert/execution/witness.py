@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from dora_convert.core.tensors import (
     Pickled,
     Slice,
     TensorRef,
-    TensorSpec,
 )
 from dora_convert.storage.dtypes import TORCH
 
@@ -44,9 +42,14 @@ def _unpickled(source: Pickled) -> Tensor:
         weights_only=True,
         map_location="cpu",
         # Old files are no zip archives and cannot be mapped.
-        mmap=zipfile.is_zipfile(source.file),
+        mmap=_is_archive(source.file),
     )
     return loaded[source.key].detach()
+
+
+def _is_archive(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
@@ -133,6 +136,6 @@ def stored_rows(
     return _decoded(Encoded(scheme, weight, parts), rows.start, rows.stop).double()
 
 
-def requantised(scheme: Quantizer, dense: TensorSpec, rows: Tensor) -> Tensor:
+def requantised(scheme: Quantizer, weight: QuantizedWeight, rows: Tensor) -> Tensor:
     """What some rows become when they are stored in the scheme as a weight of their own."""
-    return quant.rounded_alone(scheme, dense, rows)[1].double()
+    return quant.rounded_alone(scheme, weight, rows)[1].double()

@@ -12,6 +12,7 @@ from dora_convert.core.plan import Plan
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.planning.checks import refuse_quantized
 from dora_convert.planning.documents import documents
+from dora_convert.planning.families import transposed_modules
 from dora_convert.planning.match import Matching, match
 from dora_convert.planning.merge import merge_jobs
 from dora_convert.planning.pack import own_shards, sized_shards
@@ -69,7 +70,8 @@ def plan_merge(
     matching.problems += vocabulary_problems(checkpoint, specs)
     quantization: Json = {}
     if scheme is not None:
-        outputs, kept = quantised(outputs, scheme, matching.problems)
+        flipped = transposed_modules(checkpoint.config, transposed)
+        outputs, kept = quantised(outputs, scheme, flipped, matching.problems)
         quantization = scheme.quantizer.config(kept)
     if max_shard_size is None:
         shards = own_shards(outputs, checkpoint.shards)

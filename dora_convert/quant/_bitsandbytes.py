@@ -20,6 +20,7 @@ from dora_convert.core.bundle import Json
 from dora_convert.core.quantized import QuantizedWeight, Window
 from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError
+from dora_convert.quant._grids import TORCH
 from dora_convert.quant._linear import check_matrix
 from dora_convert.quant._scheme import SinglePass, reject, stated
 
@@ -28,6 +29,7 @@ __all__ = ["FourBit", "document"]
 _STATE = "quant_state.bitsandbytes__"
 _BLOCK = 64
 _NESTED_BLOCK = 256
+_LARGEST_BLOCK = 4096  # of those that the library knows
 _TYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _OFFSET_WIDTH = 24  # the longest text of a float
@@ -82,6 +84,9 @@ class FourBit(SinglePass):
         rows, columns = state["shape"]
         dense = TensorSpec(name, _TYPES[state["dtype"]], (rows, columns))
         nested = f"{name}.nested_absmax" in tensors or "nested_offset" in state
+        if nested and "nested_offset" not in state:
+            problems.append(f"{name}.{_STATE}{self._kind} holds no nested_offset")
+            return None
         parts = _parts(dense, self._kind, state["blocksize"], len(text), nested=nested)
         before = len(problems)
         for part in parts.values():
@@ -116,7 +121,11 @@ class FourBit(SinglePass):
     def dequantize(
         self, weight: QuantizedWeight, parts: Mapping[str, Tensor], start: int, stop: int
     ) -> Tensor:
-        """See `Dequantizer.dequantize`."""
+        """See `Dequantizer.dequantize`.
+
+        The library returns the type that the weight had, and PEFT takes the norms of that: it is
+        what an adapter was trained on, and so the values are rounded to it here already.
+        """
         block = weight.settings["block"]
         first, last = start * weight.columns, stop * weight.columns
         packed = parts["weight"]
@@ -128,7 +137,8 @@ class FourBit(SinglePass):
         # Blocks do not respect rows: fill up to whole ones, and cut again.
         filled = torch.nn.functional.pad(values, (skip, -(skip + last - first) % block))
         dense = filled.view(-1, block).mul_(peaks.unsqueeze(1)).view(-1)
-        return dense[skip : skip + last - first].view(stop - start, weight.columns)
+        dense = dense[skip : skip + last - first].view(stop - start, weight.columns)
+        return dense.to(TORCH[weight.dense.dtype]).float()
 
     def layout(self, dense: TensorSpec) -> QuantizedWeight:
         """See `Quantizer.layout`.
@@ -137,6 +147,12 @@ class FourBit(SinglePass):
         double quantisation the text is filled up with spaces, which every reader skips.
         """
         check_matrix(dense, self.title)
+        if dense.dtype not in _NAMES:
+            raise InputError(
+                f"{self.title} is made of 16- or 32-bit floats",
+                where=f"{dense.name} {list(dense.shape)} is {dense.dtype.label}",
+                hint="Store the base in bfloat16, as it was loaded for training.",
+            )
         width = len(self._text(dense, 0.0 if self._nested else None))
         parts = _parts(dense, self._kind, _BLOCK, width, nested=self._nested)
         return QuantizedWeight(dense, parts, {"block": _BLOCK})
@@ -261,18 +277,19 @@ def _state(text: bytes) -> dict[str, Any] | None:
     """The JSON of `quant_state`, if it holds what is needed."""
     try:
         state = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(state, dict) or state.get("dtype") not in _TYPES:
+    if not isinstance(state, dict) or str(state.get("dtype")) not in _TYPES:
         return None
-    shape, sizes = state.get("shape"), [state.get("blocksize")]
+    shape, block = state.get("shape"), state.get("blocksize")
     if not isinstance(shape, list) or len(shape) != 2:
         return None
-    if any(type(n) is not int or n < 1 for n in (*shape, *sizes)):
+    if any(type(n) is not int or n < 1 for n in (*shape, block)):
         return None
     if state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
         return None
-    return state if isinstance(state.get("nested_offset", 0.0), float) else None
+    good = state["blocksize"] <= _LARGEST_BLOCK
+    return state if good and isinstance(state.get("nested_offset", 0.0), float) else None
 
 
 def _library() -> Any:

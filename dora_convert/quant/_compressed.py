@@ -21,7 +21,7 @@ from dora_convert.quant._grids import TORCH, expand, tile_window
 from dora_convert.quant._linear import check_matrix
 from dora_convert.quant._scheme import SinglePass, reject, shown, stated
 
-__all__ = ["Codes", "PlainCodes", "document", "groups", "quantize_groups"]
+__all__ = ["Codes", "PlainCodes", "document", "group_codes", "group_scales", "groups"]
 
 _METHOD = "compressed-tensors"
 
@@ -81,14 +81,20 @@ def document(
     return {"quantization_config": words}
 
 
-def quantize_groups(
-    rows: Tensor, codes: Codes, width: int, scale_type: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Codes `[n, in]` and scales `[n, in / width]` of `rows`, in the element type of `rows`."""
+def group_scales(rows: Tensor, codes: Codes, width: int) -> Tensor:
+    """Scales `[n, in / width]` of `rows`, in their element type."""
     grouped = rows.view(rows.shape[0], -1, width)
     # Half the range is a number of the same type for the original: 127.5 and 7.5 fit bfloat16.
-    scale = (grouped.abs().amax(dim=2) / codes.half).to(scale_type)
+    return grouped.abs().amax(dim=2) / codes.half
+
+
+def group_codes(
+    rows: Tensor, scale: Tensor, codes: Codes, scale_type: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes `[n, in]` of `rows` under `scale`, and the scales in their stored type."""
+    scale = scale.to(scale_type)
     scale = torch.where(scale == 0, torch.finfo(scale_type).eps, scale)
+    grouped = rows.view(*scale.shape, -1)
     scaled = (grouped / scale.to(rows.dtype).unsqueeze(2)).clamp_(codes.low, codes.high)
     if not codes.native.is_floating_point:
         scaled.round_()
@@ -97,6 +103,9 @@ def quantize_groups(
 
 class PlainCodes(SinglePass):
     """One element a weight: `weight` and `weight_scale`; written with one scale a row."""
+
+    folds = ("scale",)
+    folds_best = False
 
     def __init__(
         self, title: str, layout: str, dtype: DType, codes: Codes, words: Mapping[str, Any]
@@ -174,8 +183,15 @@ class PlainCodes(SinglePass):
         self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """See `Quantizer.quantize`."""
+        scale = group_scales(rows, self._codes, weight.columns)
+        return self.quantize_under(weight, rows, {"scale": scale})
+
+    def quantize_under(
+        self, weight: QuantizedWeight, rows: Tensor, scales: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """See `Folding.quantize_under`."""
         scale_type = TORCH[weight.parts["scale"].dtype]
-        codes, scale = quantize_groups(rows, self._codes, weight.columns, scale_type)
+        codes, scale = group_codes(rows, scales["scale"], self._codes, scale_type)
         return {"weight": codes, "scale": scale}
 
     def config(self, kept_dense: Sequence[str]) -> Json:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_convert.core.bundle import Json
 from dora_convert.core.quantized import QuantizedWeight, Window
 from dora_convert.core.tensors import DType, TensorSpec
-from dora_convert.quant._compressed import Codes, document, groups, quantize_groups
+from dora_convert.quant._compressed import Codes, document, group_codes, group_scales, groups
 from dora_convert.quant._grids import TORCH
 from dora_convert.quant._linear import check_matrix
 from dora_convert.quant._scheme import SinglePass, reject, shown
@@ -46,10 +46,15 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 class PackedCodes(SinglePass):
     """Weights of `bits` bits in groups of 128 along the row; reads any group, with zero points."""
 
+    folds = ("scale",)
+
     def __init__(self, title: str, bits: int) -> None:
         self.title = title
         self._bits = bits
         self._half = 1 << (bits - 1)
+        # In 8 bits the codes of new scales hold more of the direction, and of all together.
+        self.folds_best = bits < 8
+        self._codes = Codes(-self._half, self._half - 1, torch.int8)
         self._each = 32 // bits
 
     def detect(self, config: Json) -> bool:
@@ -150,9 +155,14 @@ class PackedCodes(SinglePass):
         self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """See `Quantizer.quantize`."""
-        codes = Codes(-self._half, self._half - 1, torch.int8)
+        return self.quantize_under(weight, rows, {"scale": group_scales(rows, self._codes, _GROUP)})
+
+    def quantize_under(
+        self, weight: QuantizedWeight, rows: Tensor, scales: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """See `Folding.quantize_under`."""
         scale_type = TORCH[weight.parts["scale"].dtype]
-        values, scale = quantize_groups(rows, codes, _GROUP, scale_type)
+        values, scale = group_codes(rows, scales["scale"], self._codes, scale_type)
         return {"packed": pack_words(values.int() + self._half, self._bits), "scale": scale}
 
     def constants(

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from dora_convert.core.protocols import Quantizer
+from dora_convert.core.protocols import Folding, Quantizer
 from dora_convert.core.quantized import QuantizedWeight
-from dora_convert.core.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,15 +54,25 @@ def rounded(
 
 
 def rounded_alone(
-    scheme: Quantizer, dense: TensorSpec, rows: Tensor, statistic: Tensor | None = None
+    scheme: Quantizer,
+    whole: QuantizedWeight,
+    rows: Tensor,
+    statistic: Tensor | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> tuple[Mapping[str, Tensor], Tensor]:
-    """The parts that some rows become as a weight of their own, and what these decode to.
+    """The parts that some rows of `whole` become as a weight of their own, and their decoding.
 
-    A scheme of two passes is given the `statistic` of a larger weight, if there is one.
+    A scheme of two passes is given the `statistic` of the whole, if there is one; `scales` are
+    those that the rows have already, if they have any.
     """
-    weight = scheme.layout(replace(dense, shape=tuple(rows.shape)))
+    shape = (len(rows), *(whole.shape or whole.dense.shape)[1:])
+    weight = scheme.layout(replace(whole.dense, shape=shape))
     if statistic is None or not scheme.two_pass:
         statistic = scheme.gather([scheme.survey(rows)]) if scheme.surveys else None
-    parts = scheme.quantize(weight, rows, statistic if scheme.two_pass else None)
+    if scales:
+        assert isinstance(scheme, Folding)
+        parts = scheme.quantize_under(weight, rows, scales)
+    else:
+        parts = scheme.quantize(weight, rows, statistic if scheme.two_pass else None)
     constants = scheme.constants(weight, statistic)
     return parts, decoded_block(scheme, weight, 0, len(rows), parts, constants)

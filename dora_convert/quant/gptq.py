@@ -79,10 +79,12 @@ class GroupedGPTQ:
         """See `Dequantizer.dequantize`."""
         bits = weight.settings["bits"]
         codes = unpack_words(parts["codes"].t().contiguous(), bits)  # [n, in]
-        zeros = unpack_words(parts["zeros"].contiguous(), bits)  # [groups, out]
+        words = parts["zeros"].contiguous()
+        if weight.settings["less"]:
+            # It was taken from whole words: what a zero point of 0 borrowed is given back.
+            words = words + sum(1 << shift for shift in range(0, 32, bits))
         skip = start % (32 // bits)
-        # Less one wraps around: a stored 15 is a zero point of 0.
-        zeros = (zeros[:, skip : skip + stop - start] + weight.settings["less"]) & ((1 << bits) - 1)
+        zeros = unpack_words(words, bits)[:, skip : skip + stop - start]  # [groups, n]
         groups = parts["groups"].long()
         if groups.min() < 0 or groups.max() >= len(zeros):
             raise InputError(

@@ -24,6 +24,7 @@ from dora_convert.quant._scheme import SinglePass, reject, shown
 __all__ = ["QUANTIZER", "AffineMLX"]
 
 _BITS, _GROUP = 4, 64
+_MOST = 2**_BITS - 1
 _EPSILON = 1e-7  # the least scale
 
 
@@ -31,6 +32,8 @@ class AffineMLX(SinglePass):
     """Reads 2, 3, 4, 5, 6 and 8 bits in any group; writes 4 in groups of 64."""
 
     title = "MLX affine, 4 bits, groups of 64"
+    folds = ("scales", "biases")
+    folds_best = True
 
     def detect(self, config: Json) -> bool:
         """Whether there is a `quantization` of mode affine and no other method."""
@@ -114,17 +117,24 @@ class AffineMLX(SinglePass):
         self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """See `Quantizer.quantize`; mlx computes in float32 whatever the type."""
-        grouped = rows.float().view(rows.shape[0], -1, _GROUP)
-        low, high = torch.aminmax(grouped, dim=2)
-        most = 2**_BITS - 1
+        low, high = torch.aminmax(rows.float().view(rows.shape[0], -1, _GROUP), dim=2)
         down = low.abs() > high.abs()
-        scale = ((high - low) / most).clamp_(min=_EPSILON)
+        scale = ((high - low) / _MOST).clamp_(min=_EPSILON)
         scale = torch.where(down, scale, -scale)
         edge = torch.where(down, low, high)
         steps = torch.round(edge / scale)
         scale = torch.where(steps == 0, scale, edge / steps)
         bias = torch.where(steps == 0, 0.0, edge)
-        codes = ((grouped - bias.unsqueeze(2)) / scale.unsqueeze(2)).round_().clamp_(0, most)
+        return self.quantize_under(weight, rows, {"scales": scale, "biases": bias})
+
+    def quantize_under(
+        self, weight: QuantizedWeight, rows: Tensor, scales: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """See `Folding.quantize_under`; codes are made before the scales are rounded."""
+        scale, bias = scales["scales"], scales["biases"]
+        scale = torch.where(scale == 0, _EPSILON, scale)
+        grouped = rows.float().view(rows.shape[0], -1, _GROUP)
+        codes = ((grouped - bias.unsqueeze(2)) / scale.unsqueeze(2)).round_().clamp_(0, _MOST)
         words = pack_words(codes.int().view(rows.shape), _BITS).view(torch.uint32)
         kind = TORCH[weight.parts["scales"].dtype]
         return {"weight": words, "scales": scale.to(kind), "biases": bias.to(kind)}

@@ -1,33 +1,38 @@
 """gpt-oss MXFP4: the experts of a layer in one tensor, E2M1 in groups of 32 under powers of two.
 
-Source: transformers `integrations/mxfp4.py`; config `quant_method: mxfp4`. Read only: no DoRA
-adapter sits on these experts, which pass through untouched.
+Source: transformers `integrations/mxfp4.py`; config `quant_method: mxfp4`. A group's exponent is
+that of its peak less two, rounded down (OCP MX 1.0, 6.3). No DoRA adapter sits on these experts: to
+write the format is, above all, to let a base's own bytes pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from dora_convert.core.bundle import Json
 from dora_convert.core.protocols import Dequantizer
 from dora_convert.core.quantized import QuantizedWeight, Window
 from dora_convert.core.tensors import DType, TensorSpec
-from dora_convert.quant._fp4 import unpack_fp4
+from dora_convert.errors import InputError
+from dora_convert.quant._fp4 import LARGEST_FP4, pack_fp4, unpack_fp4
 from dora_convert.quant._grids import powers_of_two
-from dora_convert.quant._scheme import dense_type, reject, shown, stated
+from dora_convert.quant._scheme import SinglePass, dense_type, reject, shown, stated
 
 __all__ = ["QUANTIZER", "ExpertsMXFP4"]
 
 _GROUP = 32
+_LARGEST_EXPONENT = 2  # of E2M1
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
-class ExpertsMXFP4:
-    """Dense is `[experts * out, in]`: every expert's rows in turn.
+class ExpertsMXFP4(SinglePass):
+    """A row is one expert: the transpose of what is stored, as a 16-bit checkpoint has it.
 
-    A 16-bit gpt-oss checkpoint holds the transpose of each expert, `[experts, in, out]`.
+    Dense is `[experts, in * out]` for `[experts, in, out]`.
     """
 
     title = "gpt-oss MXFP4 experts"
@@ -57,14 +62,9 @@ class ExpertsMXFP4:
             ):
                 problems.append(f"{stored} {shown(blocks)}: scales {shown(scales)} do not fit")
             else:
-                experts, out, groups, half = blocks.shape
-                rows = experts * out
-                dense = TensorSpec(name, dense_type(config), (rows, groups * _GROUP))
-                parts = {
-                    "blocks": TensorSpec(stored, DType.U8, (rows, groups * half)),
-                    "scales": TensorSpec(scales.name, DType.U8, (rows, groups)),
-                }
-                found[name] = QuantizedWeight(dense, parts, {"experts": experts})
+                experts, out, groups, _ = blocks.shape
+                shape = (experts, groups * _GROUP, out)
+                found[name] = self.layout(TensorSpec(name, dense_type(config), shape))
         reject(self.title, problems)
         return found
 
@@ -76,9 +76,50 @@ class ExpertsMXFP4:
         self, weight: QuantizedWeight, parts: Mapping[str, Tensor], start: int, stop: int
     ) -> Tensor:
         """See `Dequantizer.dequantize`."""
-        values = unpack_fp4(parts["blocks"])
-        grouped = values.view(stop - start, -1, _GROUP)
-        return grouped.mul_(powers_of_two(parts["scales"]).unsqueeze(2)).view(values.shape)
+        _, inner, out = weight.shape
+        values = unpack_fp4(parts["blocks"].reshape(-1, _GROUP // 2))
+        values *= powers_of_two(parts["scales"]).reshape(-1, 1)
+        return values.view(stop - start, out, inner).transpose(1, 2).reshape(stop - start, -1)
+
+    def takes(self, dense: TensorSpec) -> bool:
+        """The experts alone."""
+        return len(dense.shape) == 3 and dense.dtype.is_weight and dense.name.endswith(_EXPERTS)
+
+    def layout(self, dense: TensorSpec) -> QuantizedWeight:
+        """See `Quantizer.layout`; `dense` is `[experts, in, out]`."""
+        if len(dense.shape) != 3 or not dense.numel or dense.shape[1] % _GROUP:
+            raise InputError(
+                f"{self.title} are [experts, in, out], and in is a multiple of {_GROUP}",
+                where=f"{dense.name} {list(dense.shape)}",
+                hint="Keep it dense with --keep-dense, or choose another scheme.",
+            )
+        experts, inner, out = dense.shape
+        groups = (experts, out, inner // _GROUP)
+        parts = {
+            "blocks": TensorSpec(f"{dense.name}_blocks", DType.U8, (*groups, _GROUP // 2)),
+            "scales": TensorSpec(f"{dense.name}_scales", DType.U8, groups),
+        }
+        matrix = TensorSpec(dense.name, dense.dtype, (experts, inner * out))
+        return QuantizedWeight(matrix, parts, shape=dense.shape)
+
+    def quantize(
+        self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
+        """See `Quantizer.quantize`."""
+        _, inner, out = weight.shape
+        turned = rows.float().view(len(rows), inner, out).transpose(1, 2)
+        grouped = turned.reshape(-1, _GROUP)
+        exponents = (grouped.abs().amax(dim=1).view(torch.int32) >> 23) - _LARGEST_EXPONENT
+        scales = exponents.clamp_(0, 254).to(torch.uint8)
+        scaled = grouped / powers_of_two(scales).unsqueeze(1)
+        blocks = pack_fp4(scaled.clamp_(-LARGEST_FP4, LARGEST_FP4))
+        shape = (len(rows), out, inner // _GROUP)
+        return {"blocks": blocks.view(*shape, -1), "scales": scales.view(shape)}
+
+    def config(self, kept_dense: Sequence[str]) -> Json:
+        """As transformers writes it."""
+        words = {"quant_method": "mxfp4", "modules_to_not_convert": sorted(kept_dense)}
+        return {"quantization_config": words}
 
 
 QUANTIZER: Final[Dequantizer] = ExpertsMXFP4()

@@ -23,7 +23,9 @@ def test_merge_equals_that_of_the_rounded_base(box: Sandbox, run: Run) -> None:
     result = run("merge", box.adapter, *args, "-o", box.out)
     assert result.code == 0
     assert "taken as int8 gives them back" in result.err
-    assert run("verify", box.out, "-a", box.adapter, *args, "--all").code == 0
+    checked = run("verify", box.out, "-a", box.adapter, *args, "--all")
+    assert checked.code == 0
+    assert "taken as int8 gives them back" in checked.err
     assert run("verify", box.out, "-a", box.adapter, "-b", box.base, "--all").code == 7
     got = {k: v for file in box.out.glob("*.safetensors") for k, v in load_file(file).items()}
 
@@ -46,8 +48,10 @@ def test_other_commands_take_it(box: Sandbox, run: Run) -> None:
     plain = run("inspect", box.adapter, "-b", box.base, "--json").json
     rounded = run("inspect", box.adapter, *args, "--json").json
     assert plain["total"]["effect"] != rounded["total"]["effect"]
-    lora = box.out.with_name("lora")
-    assert run("to-lora", box.adapter, *args, "-o", lora, "--rank", 4).code == 0
+    assert any("taken as int8 gives them back" in note for note in rounded["notes"])
+    lora = run("to-lora", box.adapter, *args, "-o", box.out.with_name("lora"), "--rank", 4)
+    assert lora.code == 0
+    assert "taken as int8 gives them back" in lora.err
 
 
 def test_a_base_in_a_pickle(box: Sandbox, run: Run) -> None:

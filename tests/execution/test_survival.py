@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dora_convert import quant
 from dora_convert.api.merging import Silent
-from dora_convert.core.adapter import DoraModule
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis
 from dora_convert.core.plan import Job, Piece, Plan, Quantise, Shard
 from dora_convert.core.reports import Survival, SurvivalFigures
-from dora_convert.core.tensors import DType, TensorRef, TensorSpec
+from dora_convert.core.tensors import DType, Encoded, TensorRef, TensorSpec
+from dora_convert.execution.decoding import decoded as decode
 from dora_convert.execution.run import run
+from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.dtypes import from_torch
 from tests.execution.conftest import Store, exact, module, written
 from tests.quant.engine import WRITABLE, normal, read_one, scheme, write, write_as
 
 NAME = "a.weight"
 ROWS, COLUMNS = 384, 256
+OUT = MagnitudeAxis.OUT
 
 
 def quantised(
-    folder: Path, name: str, base: TensorRef, *pieces: Piece, workers: int = 2
+    folder: Path,
+    name: str,
+    base: TensorRef,
+    *pieces: Piece,
+    workers: int = 2,
+    scales: dict[str, TensorRef] | None = None,
 ) -> Survival:
     spec = TensorSpec(NAME, base.spec.dtype, base.spec.shape)
     weight = quant.writable(name).layout(spec)
-    job = Job(Quantise(base.matrix(), pieces, name, weight), spec)
+    job = Job(Quantise(base.matrix(), pieces, name, weight, scales or {}), spec)
     plan = Plan((Shard("model.safetensors", (job,)),), ())
     result = run(plan, folder, workers=workers, listener=Silent())
     assert result.survival is not None
@@ -127,7 +137,8 @@ def test_codes_that_changed(name: str, bits: int, store: Store, tmp_path: Path) 
 def test_a_grid_swallows_what_is_smaller_than_its_steps(store: Store, tmp_path: Path) -> None:
     """Of an update of 1 % nothing is left on a base of the same grid, all of it off the grid."""
     _, t = case(store)
-    on_grid = decoded("nf4", write(scheme("nf4"), t["base"])).float()
+    # Of 32 bits, so that what is decoded is the grid itself.
+    on_grid = decoded("nf4", write(scheme("nf4"), t["base"].float())).float()
     kept = {}
     for label, base in (("grid", on_grid), ("dense", t["base"].float())):
         folder = tmp_path / label
@@ -139,6 +150,43 @@ def test_a_grid_swallows_what_is_smaller_than_its_steps(store: Store, tmp_path: 
         assert (found.total.plain_noise == 0) is (label == "grid")
     assert kept["dense"] == pytest.approx(1, abs=0.1)
     assert kept["grid"] < 0.15
+
+
+@pytest.mark.parametrize("name", ["w4a16", "mlx", "w8a8", "w8a16", "fp8_dynamic"])
+def test_scales_of_the_base_take_the_magnitudes(name: str, store: Store, tmp_path: Path) -> None:
+    """Of rows that only become longer all is kept, and no code changes; a part changes in length.
+
+    What is stored is the base's codes under the base's scales times m / ||W||, in float64.
+    """
+    _, t = case(store)
+    own = write(scheme(name), t["base"])
+    held = decoded(name, own)
+    factor = torch.linspace(0.9, 1.1, ROWS).unsqueeze(1)
+    m = (held * factor.double()).norm(dim=1).float()
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    save_file(own, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(scheme(name).config([])))
+    base = decode(open_checkpoint(folder)).tensors[NAME]
+    assert isinstance(base.source, Encoded)
+    piece = Piece(0, ROWS, DoraModule("layer", None, store("m.safetensors", m=m)["m"], OUT, 1.0))
+    found = {}
+    for label in ("fold", "fresh"):
+        out = tmp_path / label
+        out.mkdir()
+        folds = scheme(name).folds if label == "fold" else ()  # type: ignore[attr-defined]
+        scales = {role: base.source.parts[role] for role in folds}
+        found[label] = quantised(out, name, base, piece, scales=scales).total
+    fold, fresh = found["fold"], found["fresh"]
+    assert fold.kept == pytest.approx(1, abs=0.01)
+    assert fold.codes_changed == 0
+    assert fold.plain_noise < 1e-3
+    assert fold.noise < (0.05 if name != "mlx" else 0.1)
+    assert fold.noise <= fresh.noise * 1.01
+    merged = held * factor.double()
+    stored = decoded(name, written(tmp_path / "fold"))
+    noise = float((stored - merged).norm() / (merged - held).norm())
+    assert fold.noise == pytest.approx(noise, rel=1e-3)
 
 
 def test_the_same_whatever_the_workers(store: Store, tmp_path: Path) -> None:

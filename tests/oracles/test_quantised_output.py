@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from dora_convert import api
 from dora_convert.api.bases import open_base
@@ -149,6 +156,44 @@ def test_a_base_in_the_same_scheme_keeps_its_bytes(
     assert any(not torch.equal(before[n].float(), after[n].float()) for n in touched)
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "mlx"])
+def test_scales_of_a_base_in_4_bits_are_kept(scheme: str, case: Trained, tmp_path: Path) -> None:
+    """By default: of an update that a grid swallows that leaves less noise than new ones do."""
+    first = written(case, tmp_path / "first", scheme)
+    small = api.ReadOptions(scale=0.05)
+    noise = {}
+    for scales in (None, "fold", "fresh"):
+        how = api.MergeOptions(quantize=scheme, samples=None, scales=scales)
+        out = tmp_path / f"{scales}"
+        report = api.merge(case.adapter, out, base=first, options=small, how=how)
+        assert report.survival is not None
+        noise[scales] = report.survival.total.noise
+    assert noise[None] == noise["fold"] < noise["fresh"]
+    one, other = (tmp_path / n / "model.safetensors" for n in ("None", "fold"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_base_of_64_bits(scheme: str, case: Trained, tmp_path: Path) -> None:
+    """No scheme has types as wide: it is stored as of 32 bits, which lose nothing here."""
+    wide = tmp_path / "wide"
+    shutil.copytree(case.base, wide)
+    tensors = load_file(case.base / "model.safetensors")
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(cast, wide / "model.safetensors", metadata={"format": "pt"})
+        out = tmp_path / str(dtype)
+        api.merge(case.adapter, out, base=wide, how=api.MergeOptions(quantize=scheme))
+        found[dtype] = load_file(out / "model.safetensors")
+    one, other = found.values()
+    assert one.keys() == other.keys()
+    for name in one.keys() - tensors.keys():  # parts; what is dense keeps its own type
+        assert one[name].dtype == other[name].dtype, name
+        same = one[name].contiguous().view(-1).view(torch.uint8)
+        assert torch.equal(same, other[name].contiguous().view(-1).view(torch.uint8)), name
+
+
 def test_verify_finds_a_changed_code(case: Trained, tmp_path: Path) -> None:
     out = written(case, tmp_path / "out", "w8a16")
     stored = load_file(out / "model.safetensors")
@@ -167,6 +212,7 @@ def test_verify_names_a_checkpoint_of_several_schemes(case: Trained, tmp_path: P
     group = theirs["quantization_config"]["config_groups"]["group_0"]
     mine["quantization_config"]["config_groups"]["group_1"] = group
     (out / "config.json").write_text(json.dumps(mine))
+    (out / "SHA256SUMS").unlink()  # of another tool's checkpoint there are none
     with pytest.raises(InputError, match="several schemes: w4a16, w8a8"):
         api.verify(out, adapter=case.adapter, base=case.base)
 
@@ -194,3 +240,17 @@ def test_a_scheme_that_is_only_read(case: Trained, tmp_path: Path) -> None:
     how = api.MergeOptions(quantize="gptq")
     with pytest.raises(InputError, match="not written"):
         api.merge(case.adapter, tmp_path / "out", base=case.base, how=how)
+
+
+def test_weights_that_are_stored_the_other_way(tmp_path: Path) -> None:
+    """GPT-2's Conv1D is no Linear: no scheme's reader takes it as it lies there."""
+    torch.manual_seed(5)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=1, n_head=4))
+    trained = train(tmp_path, model, tokens(), target_modules=["c_attn"])
+    for scheme in ("nf4", "int8", "w8a8", "fp8"):
+        how = api.MergeOptions(quantize=scheme)
+        with pytest.raises(MismatchError) as caught:
+            api.merge(trained.adapter, tmp_path / "out", base=trained.base, how=how)
+        assert len(caught.value.problems) == 4
+        assert all("[in, out]" in p and "--keep-dense" in p for p in caught.value.problems)
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -23,8 +24,10 @@ from transformers import (
 )
 
 from dora_convert import api
+from dora_convert.api.bases import open_base
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError
+from dora_convert.execution.decoding import open_reader
 
 from .models import Trained, quiet, tokens, train
 
@@ -230,6 +233,20 @@ def test_schemes_that_no_adapter_is_trained_on(
         api.merge(trained.adapter, tmp_path / "out", base=trained.base, options=options)
 
 
+def test_a_base_of_64_bits(qlora: tuple[str, Case], tmp_path: Path) -> None:
+    """The library takes none."""
+    trained = qlora[1].trained
+    wide = tmp_path / "wide"
+    shutil.copytree(trained.base, wide)
+    tensors = load_file(wide / "model.safetensors")
+    cast = {name: tensor.double() for name, tensor in tensors.items()}
+    save_file(cast, wide / "model.safetensors", metadata={"format": "pt"})
+    options = api.ReadOptions(trained_on="nf4")
+    with pytest.raises(InputError, match="made of 16- or 32-bit floats") as caught:
+        api.merge(trained.adapter, tmp_path / "out", base=wide, options=options)
+    assert "F64" in caught.value.where[0]
+
+
 def test_a_base_that_is_quantised_itself(qlora: tuple[str, Case], tmp_path: Path) -> None:
     scheme, case = qlora
     trained = case.trained
@@ -238,3 +255,38 @@ def test_a_base_that_is_quantised_itself(qlora: tuple[str, Case], tmp_path: Path
     options = api.ReadOptions(trained_on=scheme)
     with pytest.raises(InputError, match="quantised itself"):
         api.merge(trained.adapter, tmp_path / "out", base=tmp_path / "int8", options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", ["nf4", "nf4_dq"])
+def test_the_quantised_checkpoint_is_the_same_base(
+    scheme: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What transformers saves in NF4, and the original taken as NF4: bit for bit one merge.
+
+    Both are what PEFT took the norms of: the library's decoding in the type of the weight.
+    """
+    case = made(tmp_path, llama(), scheme, MODULES, dtype)
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            case.trained.base,
+            quantization_config=BitsAndBytesConfig(**CONFIGS[scheme]),
+            device_map="cpu",
+            dtype=dtype,
+        )
+        loaded.save_pretrained(tmp_path / "quantised")
+    from_original = merged(case, scheme, tmp_path / "one")
+    api.merge(
+        case.trained.adapter,
+        tmp_path / "two",
+        base=tmp_path / "quantised",
+        how=api.MergeOptions(dtype=DType.F32),
+    )
+    from_quantised = load_file(tmp_path / "two" / "model.safetensors")
+    checkpoint, reader = open_base(tmp_path / "quantised", api.ReadOptions()), open_reader()
+    for path, weight in case.weights.items():
+        name = f"{path}.weight"
+        with reader.rows(checkpoint.tensors[name]) as blocks:
+            rows = blocks.read(0, len(weight), torch.empty(0, dtype=torch.uint8))
+        assert torch.equal(rows.double(), weight), name
+        assert torch.equal(from_original[name], from_quantised[name]), name

@@ -14,7 +14,10 @@ from dora_convert.core.tensors import TensorSpec
 from dora_convert.quant import quantizers
 from dora_convert.storage.dtypes import TORCH, from_torch
 
-WRITABLE = [n for n in quantizers.names() if isinstance(quantizers.get(n), Quantizer)]
+# Of matrices: what gpt-oss keeps its experts in has tests of its own.
+WRITABLE = [
+    n for n in quantizers.names() if isinstance(quantizers.get(n), Quantizer) and n != "mxfp4"
+]
 
 
 def scheme(name: str) -> Quantizer:

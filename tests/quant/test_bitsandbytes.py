@@ -125,6 +125,41 @@ def test_config_is_that_of_transformers(name: str, kept: list[str]) -> None:
     assert detect({"quantization_config": words}) == (name,)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": ["bfloat16"]},
+        {"dtype": {}},
+        {"blocksize": 2**33},  # a block is filled up with zeros
+        {"blocksize": True},
+        {"shape": [64, 64.0]},
+        {"nested_offset": "0.0"},
+        "[" * 50_000,
+    ],
+    ids=str,
+)
+def test_state_that_makes_no_sense(change: Any) -> None:
+    stored = write(scheme("nf4"), normal(64, 64))
+    name = "a.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(stored[name].tolist()))
+    text = change if isinstance(change, str) else json.dumps(state | change)
+    stored[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(InputError) as caught:
+        find(scheme("nf4"), {}, stored)
+    assert caught.value.problems == (f"{name} holds no shape, type and block size",)
+
+
+def test_double_quantisation_without_its_offset() -> None:
+    stored = write(scheme("nf4_dq"), normal(64, 64))
+    name = "a.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(stored[name].tolist()))
+    del state["nested_offset"]
+    stored[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    with pytest.raises(InputError) as caught:
+        find(scheme("nf4"), {}, stored)
+    assert caught.value.problems == (f"{name} holds no nested_offset",)
+
+
 def test_layers_left_plain_are_not_found() -> None:
     """unsloth's dynamic checkpoints: the tensors decide, not the config."""
     stored = write(scheme("nf4"), normal(64, 64))

@@ -33,16 +33,20 @@ def checkpoint(
     groups = columns // group
     codes = rng.integers(0, 2**bits, size=(out, columns))
     zeros = rng.integers(0, 2**bits, size=(out, groups))
-    zeros[0] = 0  # the first form stores it as the largest code
+    zeros[0] = 0  # the first form borrows from its neighbour
     scales = rng.uniform(0.01, 1.0, size=(out, groups)).astype(np.float16)
     g_idx = np.arange(columns) // group
     if act_order:
         g_idx = rng.permutation(g_idx)
     dense = (codes - zeros[:, g_idx]) * scales[:, g_idx].astype(np.float64)
-    kept = zeros if v2 else (zeros - 1) % 2**bits
+    kept = pack_down(zeros, bits).t().contiguous()
+    if not v2:
+        # gptqmodel, convert_gptq_v2_to_v1_format_module: one less in every code of the word.
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        kept = torch.from_numpy((kept.numpy().view(np.uint32) - np.uint32(ones)).view(np.int32))
     tensors = {
         "a.qweight": pack_down(codes.T, bits),
-        "a.qzeros": pack_down(kept, bits).t().contiguous(),
+        "a.qzeros": kept,
         "a.scales": torch.from_numpy(scales.T.copy()),
         "a.g_idx": torch.from_numpy(g_idx.astype(np.int32)),
     }
