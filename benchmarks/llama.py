@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["LLAMA_1B", "TINY", "Shape", "make"]
+__all__ = ["LLAMA_1B", "TINY", "Shape", "make", "write_header", "write_tensor"]
 
 RANK = 16
 ALPHA = 32
@@ -111,9 +111,9 @@ def _write_base(folder: Path, shape: Shape) -> dict[str, torch.Tensor]:
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map.update(dict.fromkeys(shard, name))
         with (folder / name).open("wb") as file:
-            _write_header(file, shard)
+            write_header(file, shard)
             for tensor, size in shard.items():
-                norms[tensor] = _write_tensor(file, size, generator)
+                norms[tensor] = write_tensor(file, size, generator)
     index = {"metadata": {"total_size": shape.nbytes()}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
@@ -134,7 +134,7 @@ def _shards(tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int
     yield dict(sorted(shard.items()))
 
 
-def _write_header(file: BinaryIO, shard: dict[str, tuple[int, ...]]) -> None:
+def write_header(file: BinaryIO, shard: dict[str, tuple[int, ...]]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, shape in shard.items():
@@ -146,7 +146,7 @@ def _write_header(file: BinaryIO, shard: dict[str, tuple[int, ...]]) -> None:
     file.write(struct.pack("<Q", len(text)) + text)
 
 
-def _write_tensor(
+def write_tensor(
     file: BinaryIO, shape: tuple[int, ...], generator: torch.Generator
 ) -> torch.Tensor:
     """Norm weights are ones, matrices normal with std 0.02; returns the row norms."""

@@ -5,22 +5,31 @@ torch is imported by the functions that compute, so that reading headers does wi
 
 from __future__ import annotations
 
+from dora_convert.api.benching import BenchOptions, bench
 from dora_convert.api.calibrating import collect_stats
 from dora_convert.api.converting import ConvertOptions, convert
+from dora_convert.api.correcting import ResidualOptions
 from dora_convert.api.inspecting import inspect
 from dora_convert.api.merging import MergeOptions, Silent, merge
 from dora_convert.api.projecting import LoraOptions, to_lora
-from dora_convert.api.pushing import PushOptions, push
+from dora_convert.api.pushing import Consent, PushOptions, check_push, push
 from dora_convert.api.reading import ReadOptions, read_adapter
+from dora_convert.api.uploading import Upload
 from dora_convert.api.verifying import verify
 
 __all__ = [
+    "BenchOptions",
+    "Consent",
     "ConvertOptions",
     "LoraOptions",
     "MergeOptions",
     "PushOptions",
     "ReadOptions",
+    "ResidualOptions",
     "Silent",
+    "Upload",
+    "bench",
+    "check_push",
     "collect_stats",
     "convert",
     "inspect",

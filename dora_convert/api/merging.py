@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_convert.api.bases import open_base
+from dora_convert.api.bases import base_name, fetch_merged, open_base
+from dora_convert.api.cards import CARD, merge_figures, write_card
+from dora_convert.api.correcting import Correction, ResidualOptions, open_correction
 from dora_convert.api.reading import (
     ReadOptions,
     adapter_place,
@@ -17,18 +19,24 @@ from dora_convert.api.reading import (
     read_adapter,
     worker_count,
 )
+from dora_convert.api.recomputing import verified
+from dora_convert.api.resuming import open_journal
 from dora_convert.api.settling import settled
+from dora_convert.api.streaming import Streaming, write_by_shard
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.plan import Copy, Job, Merge, Plan, Quantise
-from dora_convert.core.reports import MergeReport, Survival, Verification
+from dora_convert.core.reports import MergeReport, Residual, Survival, Verification
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, VerificationError
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.quantise import Scheme
 from dora_convert.storage.sidefiles import documents_size, own_files, write_documents
+from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
+from dora_convert.storage.sums import SUMS, write_sums
 
 if TYPE_CHECKING:
+    from dora_convert.api.uploading import Upload
     from dora_convert.core.protocols import Listener
 
 __all__ = ["MergeOptions", "Silent", "merge"]
@@ -39,16 +47,25 @@ class MergeOptions:
     """What a merge writes, and how.
 
     `dtype`: element type of all plain floats, by default each tensor's own. `max_shard_size`:
-    bytes; by default the base's own shards. `workers`: threads, by default one a core.
+    bytes; by default the base's own shards. `workers`: threads, by default one a core. `device`:
+    where dense weights are merged, as `execution.devices.named` has it; `max_memory`: bytes that
+    may be taken there.
     `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them. `samples`: rows and
     modules that are recomputed afterwards, None for all, 0 for none. `quantize`: the scheme of
     `quant` to store weights in, but for the modules that match a glob of `keep_dense`;
-    `min_survival`: the share of each module's update that it must keep.
+    `min_survival`: the share of each module's update that it must keep. `residual`: a LoRA
+    of what it misses, written into the output's folder of that name. `scales`: "fold" keeps those
+    of a base in the same scheme, times the factor of each row, "fresh" makes them anew; by default
+    whichever leaves less noise. `restart`: give up what an
+    interrupted run of another merge into the same folder had finished. `low_disk`: fetch one shard
+    of a base on the Hub at a time, and drop it again.
     """
 
     dtype: DType | None = None
     max_shard_size: int | None = None
     workers: int | None = None
+    device: str = "cpu"
+    max_memory: int | None = None
     keep_zero_rows: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -56,6 +73,10 @@ class MergeOptions:
     quantize: str | None = None
     keep_dense: Sequence[str] = ()
     min_survival: float | None = None
+    residual: ResidualOptions | None = None
+    low_disk: bool = False
+    scales: str | None = None
+    restart: bool = False
 
 
 class Silent:
@@ -71,6 +92,7 @@ class Silent:
         """See `Listener`."""
 
 
+@released()
 def merge(
     adapter: Path,
     output: Path,
@@ -79,22 +101,26 @@ def merge(
     options: ReadOptions | None = None,
     how: MergeOptions | None = None,
     listener: Listener | None = None,
+    upload: Upload | None = None,
 ) -> MergeReport:
     """Merge an adapter into its base; `output` appears complete, or not at all.
+
+    With `low_disk` an `upload` takes each shard, and the result is there instead of in `output`.
 
     Raises InputError, MismatchError, OutputError, and VerificationError where a recomputation
     disagrees with what was written.
     """
     options, how = options or ReadOptions(), how or MergeOptions()
     begun = time.perf_counter()
-    if how.min_survival is not None and (how.quantize is None or how.dry_run):
-        raise InputError("min_survival is measured while a quantised result is written")
+    _check_options(how, upload)
     place = adapter_place(adapter, options)
     found = read_adapter(place, options)
     base = base or named_base(found)
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
-    checkpoint = open_base(base, options)
-    found = settled(found, checkpoint, transposed=options.transposed)
+    by_shard = how.low_disk and not how.dry_run
+    in_part = by_shard or (how.dry_run and how.residual is None)
+    checkpoint = open_base(base, options, in_part=in_part)
+    found = settled(found, checkpoint, transposed=options.transposed, ahead=not by_shard)
     # A base that is one file carries nothing along; one on the Hub is a folder in the cache.
     own = own_files(place, checkpoint.root) if place.is_dir() and not base.is_file() else {}
     proposal = plan_merge(
@@ -106,23 +132,43 @@ def merge(
         overrides=own,
         scheme=_scheme(how),
     )
+    if not by_shard:
+        fetch_merged(proposal.plan)
     notes = checked(proposal, found, adapter, base)
     if own:
         notes.append(f"the adapter's own files are used: {', '.join(sorted(own))}")
-    if options.trained_on is not None:
-        notes.append(
-            f"the base's linear layers are taken as {options.trained_on} gives them back, as the "
-            "adapter met them in training"
+    correction = None
+    if how.residual is not None:
+        correction = open_correction(
+            found, checkpoint, proposal.plan, how.residual, transposed=options.transposed
         )
+        notes += correction.notes
     plan = replace(proposal.plan, notes=(*proposal.plan.notes, *notes))
     seconds = {"plan": time.perf_counter() - begun}
     written = _Written()
     if how.dry_run:
         _check_rows(plan, how)
+    elif by_shard:
+        stream = _streaming(plan, how, upload)
+        check = write_by_shard(plan, output, stream, listener or Silent(), seconds)
+        written = _Written(check)
     else:
-        written = _write(plan, output, how, listener or Silent(), seconds)
+        written = _write(plan, output, how, listener or Silent(), seconds, correction, options)
     seconds["total"] = time.perf_counter() - begun
-    return _report(plan, found, adapter, base, output, seconds, written)
+    report = _report(plan, found, adapter, base, output, seconds, written)
+    beside = () if correction is None else correction.files
+    return replace(report, base=base_name(checkpoint, base), files=(*report.files, *beside))
+
+
+def _check_options(how: MergeOptions, upload: Upload | None) -> None:
+    if how.min_survival is not None and (how.quantize is None or how.dry_run):
+        raise InputError("min_survival is measured while a quantised result is written")
+    if how.residual is not None and how.quantize is None:
+        raise InputError("a residual is what a quantised result misses: name a scheme as well")
+    if how.low_disk and how.quantize is not None:
+        raise InputError("low_disk takes a shard at a time, and some scales belong to several")
+    if upload is not None and (not how.low_disk or how.dry_run):
+        raise InputError("an upload takes the shards of a merge with low_disk that is no dry run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +177,21 @@ class _Written:
 
     verification: Verification | None = None
     survival: Survival | None = None
+    residual: Residual | None = None
+    kept: int = 0
 
 
 def _scheme(how: MergeOptions) -> Scheme | None:
     if how.quantize is None:
-        if how.keep_dense:
-            raise InputError("keep_dense says what is not quantised: name a scheme as well")
+        if how.keep_dense or how.scales:
+            raise InputError("keep_dense and scales are about quantising: name a scheme as well")
         return None
     from dora_convert import quant
 
-    return Scheme(how.quantize, quant.writable(how.quantize), tuple(how.keep_dense))
+    if how.scales not in (None, "fold", "fresh"):
+        raise InputError(f"scales are fold or fresh, not {how.scales!r}")
+    fold = None if how.scales is None else how.scales == "fold"
+    return Scheme(how.quantize, quant.writable(how.quantize), tuple(how.keep_dense), fold)
 
 
 def _check_rows(plan: Plan, how: MergeOptions) -> None:
@@ -158,58 +209,93 @@ def _check_rows(plan: Plan, how: MergeOptions) -> None:
 
 
 def _write(
-    plan: Plan, output: Path, how: MergeOptions, listener: Listener, seconds: dict[str, float]
+    plan: Plan,
+    output: Path,
+    how: MergeOptions,
+    listener: Listener,
+    seconds: dict[str, float],
+    correction: Correction | None,
+    options: ReadOptions,
 ) -> _Written:
-    """Run the plan beside `output`, check the result, and let it appear."""
+    """Run the plan beside `output`, check the result, and let it appear.
+
+    Shards that an interrupted run of the same merge had finished are taken over.
+    """
+    from dora_convert.execution import devices
     from dora_convert.execution.run import run
 
     workers = worker_count(how.workers)
+    chosen = devices.named(how.device, plan, workers=workers)
     nbytes = plan.nbytes + documents_size(plan.documents)
-    verification = None
-    with Staging(output, nbytes=nbytes, overwrite=how.overwrite) as staging:
+    nbytes += 0 if correction is None else correction.nbytes
+    verification = residual = None
+    journal, inputs = open_journal(plan, how, options, chosen)
+    with Staging(
+        output, nbytes=nbytes, overwrite=how.overwrite, journal=journal, restart=how.restart
+    ) as staging:
         result = run(
             plan,
             staging.dir,
             workers=workers,
             listener=listener,
             keep_zero_rows=how.keep_zero_rows,
+            journal=journal,
+            lanes=devices.lanes(chosen, workers=workers, max_memory=how.max_memory),
         )
         seconds |= {"merge": result.merge, "sync": result.sync}
-        if how.min_survival is not None and result.survival is not None:
+        if correction is None:
             _check_survival(result.survival, how.min_survival)
         write_documents(plan.documents, staging.dir)
         if how.samples != 0:
             begun = time.perf_counter()
-            verification = _verified(plan, staging.dir, samples=how.samples, workers=workers)
+            verification = verified(plan, staging.dir, samples=how.samples, workers=workers)
             seconds["verify"] = time.perf_counter() - begun
+        if correction is not None:
+            begun = time.perf_counter()
+            residual = correction.write(staging.dir, workers=workers)
+            _check_survival(result.survival, how.min_survival, residual)
+            seconds["residual"] = time.perf_counter() - begun
+        write_sums(staging.dir, result.sha256)
+        # After the hashes, since people edit it.
+        write_card(staging.dir, merge_figures(plan, verification, result.survival, residual))
+        inputs.require_unchanged()
         staging.publish()
-    return _Written(verification, result.survival)
+    return _Written(verification, result.survival, residual, len(journal.kept))
 
 
-def _check_survival(survival: Survival, least: float) -> None:
-    """Raise VerificationError for modules of whose update too little is left."""
-    lost = {path: f.kept for path, f in survival.modules.items() if f.kept < least}
+def _streaming(plan: Plan, how: MergeOptions, upload: Upload | None) -> Streaming:
+    from dora_convert.execution import devices
+
+    workers = worker_count(how.workers)
+    chosen = devices.named(how.device, plan, workers=workers)
+    return Streaming(
+        workers=workers,
+        lanes=devices.lanes(chosen, workers=workers, max_memory=how.max_memory),
+        samples=how.samples,
+        keep_zero_rows=how.keep_zero_rows,
+        overwrite=how.overwrite,
+        upload=upload,
+    )
+
+
+def _check_survival(
+    survival: Survival | None, least: float | None, residual: Residual | None = None
+) -> None:
+    """Raise VerificationError for modules of whose update too little is left, LoRA included."""
+    if survival is None or least is None:
+        return
+    kept = {path: figures.kept for path, figures in survival.modules.items()}
+    if residual is not None:
+        kept |= {path: figures.corrected_kept for path, figures in residual.modules.items()}
+    lost = {path: share for path, share in kept.items() if share < least}
     if lost:
         raise VerificationError(
             f"{survival.scheme} keeps less than {least:.0%} of the update of {len(lost)} of "
             f"{len(survival.modules)} modules; the result was discarded",
-            problems=[f"{path}: {kept:.1%} kept" for path, kept in sorted(lost.items())],
-            hint="Merge into the 16-bit original of the base, or choose a scheme of more bits.",
+            problems=[f"{path}: {share:.1%} kept" for path, share in sorted(lost.items())],
+            hint="Merge into the 16-bit original of the base, choose a scheme of more bits, or "
+            "let a LoRA carry the rest (--residual-rank).",
         )
-
-
-def _verified(plan: Plan, folder: Path, *, samples: int | None, workers: int) -> Verification:
-    from dora_convert.execution.verify import verify as recompute
-
-    files = {spec.name: folder / shard.file for shard in plan.shards for spec in shard.specs}
-    result = recompute(plan, files, samples=samples, workers=workers)
-    if result.differences:
-        raise VerificationError(
-            "the result is not what a recomputation gives; it was discarded",
-            problems=result.differences,
-            hint="This is a bug, or a fault of disk or memory: please report it.",
-        )
-    return result
 
 
 def _is_merged(job: Job) -> bool:
@@ -232,7 +318,12 @@ def _report(
         and job.output.name not in found.replaced
         for job in plan.jobs
     )
-    files = (*(shard.file for shard in plan.shards), *(doc.name for doc in plan.documents))
+    files = (
+        CARD,
+        SUMS,
+        *(shard.file for shard in plan.shards),
+        *(doc.name for doc in plan.documents),
+    )
     return MergeReport(
         output=str(output),
         adapter=str(adapter),
@@ -249,4 +340,6 @@ def _report(
         verification=written.verification,
         dry_run="merge" not in seconds,
         survival=written.survival,
+        residual=written.residual,
+        kept=written.kept,
     )

@@ -1,7 +1,8 @@
-"""`verify`: a merged checkpoint, recomputed."""
+"""`verify`: a merged checkpoint, hashed and recomputed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dora_convert.api.bases import open_base
@@ -15,6 +16,8 @@ from dora_convert.planning.families import quantization
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.quantise import Scheme
 from dora_convert.storage.checkpoint import open_checkpoint
+from dora_convert.storage.folders import require_path
+from dora_convert.storage.sums import SUMS, changed_files, has_sums
 
 __all__ = ["verify"]
 
@@ -22,16 +25,64 @@ __all__ = ["verify"]
 def verify(
     output: Path,
     *,
-    adapter: Path,
+    adapter: Path | None = None,
     base: Path | None = None,
     options: ReadOptions | None = None,
     samples: int | None = 64,
     tolerance: float = 1.0,
 ) -> Verification:
-    """Recompute a merged checkpoint from its adapter and base, and compare.
+    """Compare the files with their hashes, and recompute them from adapter and base.
 
-    Raises VerificationError, with all that differs.
+    Without an adapter the hashes alone are compared; without hashes, which are there if `merge`
+    wrote the output, the recomputation is all. Raises VerificationError, with all that differs,
+    InputError where there is neither, and for what cannot be read.
     """
+    require_path(output, "checkpoint")
+    hashed, changed = 0, list[str]()
+    if has_sums(output):
+        hashed, changed = changed_files(output, workers=worker_count(None))
+    if adapter is None:
+        return _by_hashes(output, hashed, changed)
+    try:
+        result = _recomputed(output, adapter, base, options, samples, tolerance)
+    except InputError:
+        if changed:  # no wonder
+            return _by_hashes(output, hashed, changed)
+        raise
+    differences = (*changed, *result.differences)
+    if differences:
+        named = "that the adapter names" if base is None else base
+        raise VerificationError(
+            "the checkpoint is not what adapter and base give",
+            where=(f"output    {output}", f"adapter   {adapter}", f"base      {named}"),
+            problems=differences,
+        )
+    return replace(result, hashed=hashed)
+
+
+def _by_hashes(output: Path, hashed: int, changed: list[str]) -> Verification:
+    if changed:
+        raise VerificationError(
+            "files were changed, or damaged, since they were written",
+            where=f"output    {output}",
+            problems=changed,
+            hint="Merge again, or copy them again from where they are whole.",
+        )
+    if not hashed:
+        what = f"{output.name or output} holds no {SUMS}, the list of its files' hashes"
+        hint = "Pass --adapter, and the files are recomputed from it."
+        raise InputError(what, where=str(output), hint=hint)
+    return Verification(0, 0, 0, 0, (), None, hashed)
+
+
+def _recomputed(
+    output: Path,
+    adapter: Path,
+    base: Path | None,
+    options: ReadOptions | None,
+    samples: int | None,
+    tolerance: float,
+) -> Verification:
     options = options or ReadOptions()
     found = read_adapter(adapter, options)
     base = base or named_base(found)
@@ -42,7 +93,7 @@ def verify(
     proposal = plan_merge(
         found, checkpoint, dtype=dtype, transposed=options.transposed, scheme=_scheme(merged)
     )
-    checked(proposal, found, adapter, base)
+    notes = checked(proposal, found, adapter, base)
 
     from dora_convert.execution.verify import verify as recompute
 
@@ -52,14 +103,7 @@ def verify(
     )
     known = {spec.name for shard in proposal.plan.shards for spec in shard.specs}
     extra = [f"{name}: not expected" for name in merged.tensors if name not in known]
-    differences = (*result.differences, *extra)
-    if differences:
-        raise VerificationError(
-            "the checkpoint is not what adapter and base give",
-            where=(f"output    {output}", f"adapter   {adapter}", f"base      {base}"),
-            problems=differences,
-        )
-    return result
+    return replace(result, differences=(*result.differences, *extra), notes=tuple(notes))
 
 
 def _scheme(merged: Checkpoint) -> Scheme | None:

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from dora_convert.api import ReadOptions
 
 __all__ = [
+    "DTYPE",
     "PATH",
+    "as_dtype",
     "base_option",
+    "device_options",
     "dtype_option",
     "examples",
     "json_option",
@@ -75,16 +78,18 @@ def not_negative(value: str | float) -> float:
     return parsed
 
 
-def _dtype(_: click.Context, __: click.Parameter, value: str | None) -> DType | None:
+def as_dtype(_: click.Context, __: click.Parameter, value: str | None) -> DType | None:
+    """What an option of type DTYPE calls back."""
     return None if value is None else _DTYPES[value]
 
 
 PATH = click.Path(path_type=Path)
+DTYPE = click.Choice(list(_DTYPES), case_sensitive=False)
 
 dtype_option = click.option(
     "--dtype",
-    type=click.Choice(list(_DTYPES), case_sensitive=False),
-    callback=_dtype,
+    type=DTYPE,
+    callback=as_dtype,
     metavar="TYPE",
     help="Write all weights as bfloat16, float16 or float32 (bf16, fp16, fp32); by default as in "
     "the base.",
@@ -109,6 +114,28 @@ workers_option = click.option(
 def examples(*lines: str) -> str:
     """The end of a help page."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def device_options(command: F) -> F:
+    """Where the arithmetic is done; the command takes `device` and `max_memory`."""
+    options = [
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            metavar="DEVICE",
+            help="Merge dense weights on cpu, cuda, cuda:0,cuda:1 or mps, or on auto, the faster.",
+        ),
+        click.option(
+            "--max-memory",
+            type=nbytes,
+            metavar="SIZE",
+            help="Take so much of the device's memory at most; by default half of what is free.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def read_options(command: F) -> F:

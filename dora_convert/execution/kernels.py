@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ from dora_convert.maths.dora import (
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
 from dora_convert.storage.reader import Reader
-from dora_convert.storage.shards import ShardWriter
 
 __all__ = [
     "Input",
     "Operands",
     "Output",
+    "Target",
     "figure_dtype",
     "merged_rows",
     "run_unit",
@@ -81,11 +82,24 @@ class Input:
     factors: Mapping[str, Tensor]
 
 
+class Target(Protocol):
+    """What takes the bytes of a shard's tensors; `ShardWriter` says how."""
+
+    def write(self, name: str, offset: int, data: Tensor) -> None:
+        """Bytes at `offset` of a tensor."""
+
+    def overwrite(self, name: str, offset: int, data: Tensor) -> None:
+        """The same over bytes that were written before."""
+
+    def copy(self, name: str, offset: int, source: int, start: int, *, nbytes: int) -> None:
+        """Bytes of an open file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Output(Input):
     """The same, and where the bytes go."""
 
-    writer: ShardWriter
+    writer: Target
 
 
 def work_dtype(*kinds: DType) -> torch.dtype:

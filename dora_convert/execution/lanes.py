@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_BYTES", "Buffers", "DeviceBuffers", "Memory", "Transport"]
+__all__ = ["BLOCK_BYTES", "Buffers", "DeviceBuffers", "Memory", "PerThread", "Transport"]
 
 # A block and its float32 copy stay in a core's cache: measured best from 0.5 to 2 MB.
 BLOCK_BYTES = 1 << 20
+T = TypeVar("T")
+
 _SLOTS = 2  # one block on its way while the next is read
 
 
@@ -99,6 +102,27 @@ class Buffers(Memory):
     def shrink(self) -> bool:
         """Smaller blocks from now on, because memory ran out; whether that is possible."""
         return False
+
+
+class PerThread(threading.local):
+    """One set of buffers for each thread that asks."""
+
+    def __init__(self, make: Callable[[], Buffers]) -> None:
+        self.own = make()
+
+    def use(self, do: Callable[[Buffers], T]) -> T:
+        """What `do` makes of this thread's buffers; once more with smaller blocks if it must be.
+
+        So `do` has to give the same when it is called again. Raises torch.OutOfMemoryError where
+        the device has too little memory for the smallest blocks.
+        """
+        with self.own.active():
+            while True:
+                try:
+                    return do(self.own)
+                except torch.OutOfMemoryError:
+                    if not self.own.shrink():
+                        raise
 
 
 class Transport(Protocol):

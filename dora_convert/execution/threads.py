@@ -36,18 +36,22 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
 
     threads = [threading.Thread(target=loop, daemon=True) for _ in range(min(workers, len(work)))]
     with _single_threaded_torch():
-        for thread in threads:
-            thread.start()
         try:
             for thread in threads:
-                thread.join()
+                thread.start()
+            _join(threads)
         except BaseException as error:  # an interrupt arrives here, in the main thread
             errors.append(error)
-            for thread in threads:
-                thread.join()
+            _join(threads)
             raise
     if errors:
         raise errors[0]
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:  # it was started
+            thread.join()
 
 
 @contextmanager

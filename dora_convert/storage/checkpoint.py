@@ -7,10 +7,13 @@ import re
 from pathlib import Path, PurePath
 
 from dora_convert.core.bundle import Checkpoint, Json
+from dora_convert.core.fields import Fields
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import contents, leaves, list_files, require_inside, require_path
+from dora_convert.storage.opening import quoted
 from dora_convert.storage.oserrors import reading
+from dora_convert.storage.sums import SUMS
 from dora_convert.storage.weights import (
     PICKLES,
     Weights,
@@ -32,7 +35,7 @@ _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
     | {".onnx_data", ".ot", ".mlmodel", ".tflite", ".npz", ".distcp"}
 )
-_NOT_CARRIED = frozenset({"README.md", "adapter_config.json"})
+_NOT_CARRIED = frozenset({"README.md", "adapter_config.json", SUMS})
 # sentence-transformers keeps the modules that follow the transformer in folders such as `2_Dense`,
 # each with weights of its own that no adapter touches.
 _MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]\w*")
@@ -130,10 +133,26 @@ def _config(root: Path, weights: Weights) -> Json:
         return {}
     try:
         require_inside(root, file)
-        return read_json(file)
+        config = read_json(file)
     except InputError as fault:
         weights.faults.append(fault)
         return {}
+    problems: list[str] = []
+    _check_kinds(config, file.name, problems)
+    weights.faults += map(InputError, problems)
+    return config
+
+
+def _check_kinds(config: Json, place: str, problems: list[str]) -> None:
+    """What decides how weights are named must be text; transformers takes nothing else either."""
+    fields = Fields(config, place, problems)
+    fields.text("model_type")
+    if isinstance(config.get("architectures"), str):
+        fields.reject("architectures", "must be a list of strings")
+    fields.strings("architectures")
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_kinds(value, f"{place}, {quoted(key)}", problems)
 
 
 def _carried(root: Path) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The seam at which an OSError becomes an error of this package."""
+"""The seam at which what the system refuses becomes an error of this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from dora_convert.errors import InputError, OutputError
 
-__all__ = ["reading", "writing"]
+__all__ = ["enough_memory", "reading", "writing"]
+
+# What torch and Python say where there is none, without a type of their own.
+_NO_MEMORY = ("allocate memory", "out of memory", "bad_alloc", "can't start new thread")
 
 _COMMON = {
     errno.EACCES: ("permission is denied", ""),
@@ -67,6 +70,23 @@ def writing(path: Path) -> Iterator[None]:
         reason, hint = _explain(error, _WRITING)
         what = f"{path.name or path} cannot be written: {reason}"
         raise OutputError(what, where=str(path), hint=hint) from error
+
+
+@contextmanager
+def enough_memory(name: str = "") -> Iterator[None]:
+    """Turn a lack of memory inside into an OutputError, about the tensor `name` if it is given."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = any(message in str(error) for message in _NO_MEMORY)
+        if isinstance(error, RuntimeError) and not told:
+            raise
+        what = "the memory does not suffice" + (f" for {name}" if name else "")
+        hint = "Pass a smaller --workers, or see ulimit -v and the limit of the container."
+        told_in_full = OutputError(what, hint=hint)
+        for note in getattr(error, "__notes__", ()):
+            told_in_full.add_note(note)
+        raise told_in_full from error
 
 
 def _explain(error: OSError, reasons: dict[int, tuple[str, str]]) -> tuple[str, str]:

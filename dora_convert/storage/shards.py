@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.storage.header import layout
 from dora_convert.storage.oserrors import writing
+from dora_convert.storage.publishing import sync
+from dora_convert.storage.sums import file_sha256
 
 __all__ = ["ShardWriter"]
 
@@ -22,17 +25,22 @@ _CHUNK = 1 << 20
 
 
 class ShardWriter:
-    """A file whose every byte is accounted for before it is sealed."""
+    """A file whose every byte is accounted for before it is sealed, and has its name.
+
+    Until then it is called `FILE.tmp`. `nbytes` is its size.
+    """
 
     def __init__(self, file: Path, specs: Sequence[TensorSpec]) -> None:
         self.file = file
         plan = layout(specs)
+        self.nbytes = plan.size
+        self._unsealed = file.with_name(f"{file.name}.tmp")
         self._starts = plan.starts
         self._left = plan.size - len(plan.head)
         self._lock = threading.Lock()
         with writing(file):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._fd = os.open(file, flags, 0o666)
+            self._fd = os.open(self._unsealed, flags, 0o666)
         try:
             with writing(file):
                 os.ftruncate(self._fd, plan.size)
@@ -70,12 +78,18 @@ class ShardWriter:
         """Whether every byte of every tensor came."""
         return self._left == 0
 
-    def seal(self) -> None:
-        """Bring the file to the disk and close it."""
+    def seal(self) -> str:
+        """Bring the file to the disk, under its name, and close it; returns its sha256."""
         assert self.is_complete, (self.file, self._left)
-        with writing(self.file):
+        # What is hashed is what the system gives back, meanwhile, while the disk takes its time.
+        with writing(self.file), ThreadPoolExecutor(1) as other:
+            digest = other.submit(file_sha256, self._unsealed)
             os.fsync(self._fd)
+            found = digest.result()
+            self._unsealed.rename(self.file)
+            sync(self.file.parent)
         self.close()
+        return found
 
     def close(self) -> None:
         """Close the file, complete or not; may be called again."""

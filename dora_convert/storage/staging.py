@@ -1,9 +1,11 @@
-"""The output folder: everything is written to `OUT.partial/`, and one rename publishes it."""
+"""The output folder: everything is written to `OUT.partial/`, and one rename publishes it.
+
+`OUT.partial/` holds the marker, by which it is known as ours and which is the journal of a run that
+can be continued; `files/`, which becomes OUT; and for a moment `old/`, which was OUT.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -13,16 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from dora_convert.errors import OutputError
+from dora_convert.errors import InputError, MismatchError, OutputError, VerificationError
+from dora_convert.storage.journal import Journal, is_unfinished
 from dora_convert.storage.oserrors import writing
+from dora_convert.storage.publishing import bring_to_disk, replace_folder, sync
 
 __all__ = ["Staging", "check_output"]
 
 _MARKER = ".dora-convert"
+_PROBE = ".dora-convert-probe-"
+_FRESH = f"{_MARKER}.new"  # the marker, until it is complete
+_OURS = frozenset({_MARKER, _FRESH, "files", "old"})
 _SLACK = 1 << 20  # for folders, and for the last block of each file
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+# After these what was written is not to be trusted: it was made of something else.
+_WRONG = (InputError, MismatchError, VerificationError)
 
 
 def check_output(out: Path, *, inputs: Sequence[Path], overwrite: bool) -> None:
@@ -50,27 +56,50 @@ def check_output(out: Path, *, inputs: Sequence[Path], overwrite: bool) -> None:
             raise OutputError(what, where=str(real), hint=f"mkdir -p {real.parent}")
     with writing(real.parent):
         # Nothing but trying tells: access() lets root through on a read-only file system.
-        os.rmdir(tempfile.mkdtemp(prefix=_MARKER, dir=real.parent))  # noqa: PTH106
+        tempfile.mkdtemp(prefix=_PROBE, dir=real.parent)
+        for probe in real.parent.glob(f"{_PROBE}*"):  # and that of a run that was killed just then
+            with suppress(FileNotFoundError):
+                probe.rmdir()
 
 
 class Staging:
-    """Hold `OUT.partial/` for this process alone; gone on exit unless it was published."""
+    """Hold `OUT.partial/` for this process alone, and fill `dir`.
 
-    def __init__(self, out: Path, *, nbytes: int, overwrite: bool) -> None:
+    It is gone on exit, unless a `journal` knows of shards in it: then a failure or an interruption
+    leaves those, a note on the exception says so, and the next run with an equal journal has them.
+    A wrong input, a mismatch or a failed verification leaves nothing. A run of another kind is
+    refused such a folder, unless it is to `restart`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        nbytes: int,
+        overwrite: bool,
+        journal: Journal | None = None,
+        restart: bool = False,
+    ) -> None:
         self._out = _real(out)
         self._nbytes = nbytes
         self._overwrite = overwrite
+        self._journal = journal
+        self._restart = restart
         self._lock = -1
-        self.dir = _partial(self._out)
+        self._is_ours = False
+        self._published = False
+        self._home = _partial(self._out)
+        self._marker = self._home / _MARKER
+        self._old = self._home / "old"
+        self.dir = self._home / "files"
 
     def __enter__(self) -> Staging:
         try:
-            with writing(self.dir):
-                self._lock = _locked(self.dir)
+            with writing(self._home):
+                self._lock = _locked(self._home)
                 self._take_over()
-            self._check_space()
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
@@ -80,42 +109,119 @@ class Staging:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._leave()
+        self._leave(error)
 
     def publish(self) -> None:
         """Bring all to the disk, then let OUT appear, complete, in one step."""
         with writing(self._out):
-            (self.dir / _MARKER).unlink()
-            _sync(self.dir)
-            _replace(self.dir, self._out, overwrite=self._overwrite)
-            _sync_one(self._out.parent)
-        self._release()
+            bring_to_disk(self.dir)
+            sync(self._home)
+            replace_folder(self.dir, self._out, old=self._old, overwrite=self._overwrite)
+            self._published = True
+            sync(self._out.parent)
+            sync(self._home)
+        try:
+            self._clear()
+        except OSError as error:
+            what = f"{self._out.name} is complete, but what is left beside it cannot be deleted"
+            hint = f"Delete {self._home}."
+            raise OutputError(what, where=str(self._home), hint=hint) from error
+        finally:
+            self._release()
 
     def _take_over(self) -> None:
-        """Empty the folder if an earlier run left it; refuse one that is somebody's."""
-        names = {entry.name for entry in self.dir.iterdir()}
-        if names and _MARKER not in names:
-            self._release()
-            what = f"{self.dir.name} is in the way, and was not made by this tool"
-            raise OutputError(what, where=str(self.dir), hint="Move it away, or delete it.")
-        (self.dir / _MARKER).touch()
-        _empty(self.dir)
+        """Keep of what an earlier run left what is of use; refuse a folder that is somebody's."""
+        names = {entry.name for entry in self._home.iterdir()}
+        if names - _OURS or (names - {_FRESH} and _MARKER not in names):
+            what = f"{self._home.name} is in the way, and was not made by this tool"
+            raise OutputError(what, where=str(self._home), hint="Move it away, or delete it.")
+        if names:
+            objection = None if self._restart else self._objection()
+            if objection is not None:
+                raise objection
+            self._restore()
+            if self._journal is not None and not self._restart:
+                self._journal.take_over(self._marker, self.dir)
+            self._prune()
+        self._is_ours = True
+        self._check_space()
+        if self._journal is None:
+            self._marker.write_bytes(b"")
+        else:
+            self._journal.begin(self._marker)
+        self.dir.mkdir(exist_ok=True)
+        sync(self._home)
+        sync(self._home.parent)
+
+    def _objection(self) -> OutputError | None:
+        """Why what an earlier run left cannot be used, though it is worth something."""
+        if self._journal is not None:
+            return self._journal.objection(self._marker, self.dir)
+        if not is_unfinished(self._marker, self.dir):
+            return None
+        what = f"{self._home.name} holds a merge that can still be finished"
+        hint = f"Repeat that command to finish it, or delete {self._home} to give it up."
+        return OutputError(what, where=str(self._home), hint=hint)
+
+    def _restore(self) -> None:
+        """A kill came while OUT was replaced in two steps: its old contents are OUT again."""
+        if self._old.is_dir() and not self._out.exists():
+            self._old.rename(self._out)
 
     def _check_space(self) -> None:
-        with writing(self.dir):
-            disk = os.statvfs(self.dir)
+        disk = os.statvfs(self._home)
         free = disk.f_bavail * disk.f_frsize
         need = self._nbytes + _SLACK
+        if self._journal is not None:
+            need -= sum(entry.nbytes for entry in self._journal.sealed.values())
         if disk.f_blocks and free < need:  # some network file systems count nothing
             what = f"the disk has too little space: {_size(need)} needed, {_size(free)} free"
             hint = "Free some space, or choose another --output."
             raise OutputError(what, where=str(self._out.parent), hint=hint)
 
-    def _leave(self) -> None:
-        """Remove the folder, as far as it lets itself be removed, if it is still ours."""
-        if self._lock >= 0 and _is_at(self._lock, self.dir):
-            shutil.rmtree(self.dir, ignore_errors=True)
+    def _leave(self, error: BaseException | None) -> None:
+        """Remove what is of no use, as far as it lets itself be removed, if it is still ours."""
+        if self._is_ours and self._lock >= 0 and _is_at(self._lock, self._home):
+            with suppress(OSError):
+                self._restore()
+                if error is not None and self._is_of_use(error):
+                    self._prune()
+                else:
+                    self._clear()
+        if error is not None:
+            self._explain(error)
         self._release()
+
+    def _is_of_use(self, error: BaseException) -> bool:
+        known = self._journal is not None and bool(self._journal.sealed)
+        return known and not self._published and not isinstance(error, _WRONG)
+
+    def _explain(self, error: BaseException) -> None:
+        if self._published and not isinstance(error, OutputError):
+            error.add_note(f"{self._out.name} is complete.")
+        elif self._journal is not None and self._is_of_use(error):
+            count, total = len(self._journal.sealed), self._journal.total
+            are = "is" if count == 1 else "are"
+            error.add_note(
+                f"{count} of {total} shards {are} kept in {self._home.name}: "
+                "the same command continues."
+            )
+
+    def _prune(self) -> None:
+        """Delete all but the marker and the shards that the journal knows."""
+        known = {} if self._journal is None else self._journal.sealed
+        for entry in (*_entries(self._home), *_entries(self.dir)):
+            if entry.parent == self.dir:
+                if entry.name not in known:
+                    _delete(entry)
+            elif entry.name != _MARKER and entry != self.dir:
+                _delete(entry)
+
+    def _clear(self) -> None:
+        """Delete the folder; the marker last, so that what a kill leaves is still known as ours."""
+        for place in (self.dir, self._old, self._home / _FRESH, self._marker):
+            _delete(place)
+        self._home.rmdir()
 
     def _release(self) -> None:
         if self._lock >= 0:
@@ -202,82 +308,15 @@ def _is_at(fd: int, folder: Path) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
-    """Delete all but the marker, so that what a kill leaves over is still known as ours."""
-    for path in list(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != _MARKER:
-            path.unlink()
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
-def _sync(folder: Path) -> None:
-    """Bring every file and folder below to the disk."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _sync_one(Path(place, name))
-        _sync_one(Path(place))
-
-
-def _sync_one(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _replace(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename a folder onto nothing, onto an empty folder or, if told so, onto a full one."""
-    try:
-        os.rename(source, target)  # noqa: PTH104
-    except OSError as error:
-        if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        return
-    fd = _locked(target)  # the old folder may turn up as OUT.partial: no other run is to take it
-    try:
-        old = source if _exchange(source, target) else _swap(source, target)
-        _delete(old, target)
-    finally:
-        os.close(fd)
-
-
-def _swap(source: Path, target: Path) -> Path:
-    """Put `source` where `target` is, in two steps; return where the old one went."""
-    old = Path(tempfile.mkdtemp(prefix=target.name + ".old-", dir=target.parent))
-    os.rename(target, old)  # noqa: PTH104
-    try:
-        os.rename(source, target)  # noqa: PTH104
-    except OSError:
-        os.rename(old, target)  # noqa: PTH104
-        raise
-    return old
-
-
-def _delete(old: Path, target: Path) -> None:
-    try:
-        (old / _MARKER).touch()
-        _empty(old)
-        shutil.rmtree(old)
-    except OSError as error:
-        what = f"{target.name} was replaced, but what was there before cannot be deleted"
-        raise OutputError(what, where=str(old), hint=f"Delete {old}.") from error
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, where kernel, file system and C library can."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    names = os.fsencode(one), os.fsencode(other)
-    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), os.fspath(other))
+        path.unlink(missing_ok=True)
 
 
 def _size(nbytes: float) -> str:

@@ -203,7 +203,7 @@ def test_merge_dry_run(box: Sandbox, option: str) -> None:
     assert "config.json, model.safetensors" in result.err
     assert sorted(box.root.rglob("*")) == before
     report = box.merge(option, "--json").json
-    assert report["files"] == ["config.json", "model.safetensors"]
+    assert report["files"] == ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
     assert report["verification"] is None
     assert sorted(box.root.rglob("*")) == before
 
@@ -288,7 +288,8 @@ def test_merge_overwrite(box: Sandbox) -> None:
     box.out.mkdir()
     (box.out / "old.txt").write_text("old")
     assert box.merge("--overwrite").code == 0
-    assert sorted(file.name for file in box.out.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["README.md", "SHA256SUMS", "config.json", "model.safetensors"]
+    assert sorted(file.name for file in box.out.iterdir()) == files
     assert sorted(file.name for file in box.root.iterdir()) == ["adapter", "base", "out"]
 
 
@@ -344,7 +345,7 @@ def test_merge_prefers_the_tokenizer_of_the_adapter(box: Sandbox) -> None:
     )
     assert (box.out / "tokenizer.json").read_text() == "adapter"
     assert (box.out / "chat_template.jinja").read_text() == "adapter"
-    assert not (box.out / "README.md").exists()
+    assert "of the adapter" not in (box.out / "README.md").read_text()
     assert box.merge("--overwrite", "--json").json["notes"] == [result.err[len("Note: ") : -1]]
 
 
@@ -376,6 +377,8 @@ def verify(box: Sandbox, run: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def change(box: Sandbox, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """As if it had been written so: no hash tells."""
+    (box.out / "SHA256SUMS").unlink()
     tensors = merged(box)
     edit(tensors)
     save_file(tensors, box.out / "model.safetensors", metadata={"format": "pt"})
@@ -385,11 +388,49 @@ def test_verify(verify: Callable[..., Result]) -> None:
     result = verify()
     assert result.code == 0
     assert result.err == ""
-    assert result.out.startswith("ok: 21 tensors as planned, 96 rows of 4 modules recomputed")
+    hashed, recomputed, _ = result.out.splitlines()
+    assert hashed == "ok: 2 files have the sha256 that they were written with"
+    assert recomputed.startswith("ok: 21 tensors as planned, 96 rows of 4 modules recomputed")
     report = verify("--all", "--json").json
     assert report["schema"] == "dora-convert/verify/1"
     assert (report["tensors"], report["modules"], report["rows"]) == (21, 4, 96)
     assert report["differences"] == []
+
+
+def test_verify_finds_every_flipped_file(box: Sandbox) -> None:
+    (box.base / "tokenizer.json").write_text("{}")
+    assert box.merge().code == 0
+    assert box.run("verify", box.out).out == (
+        "ok: 3 files have the sha256 that they were written with\n"
+    )
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "SHA256SUMS"):
+        file = box.out / name
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 1
+        file.write_bytes(data)
+        result = box.run("verify", box.out)
+        assert result.code == 7
+        assert name in result.err
+        data[-2] ^= 1
+        file.write_bytes(data)
+    assert box.run("verify", box.out).code == 0
+
+
+def test_verify_names_the_file_and_the_tensor(box: Sandbox, verify: Callable[..., Result]) -> None:
+    file = box.out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    problems = json.loads(verify("--all", "--json").err)["problems"]
+    assert len(problems) == 2
+    assert problems[0].startswith("model.safetensors: sha256 ")
+
+
+def test_verify_without_hashes(box: Sandbox) -> None:
+    result = box.run("verify", box.base)
+    assert result.code == 3
+    assert "base holds no SHA256SUMS" in result.err
+    assert "--adapter" in result.err
 
 
 def test_verify_samples(verify: Callable[..., Result]) -> None:
@@ -475,7 +516,7 @@ def test_completion(run: Callable[..., Result], shell: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("mer", {"merge"}), ("merge --max", {"--max-shard-size"}), ("completion z", {"zsh"})],
+    [("mer", {"merge"}), ("merge --max-s", {"--max-shard-size"}), ("completion z", {"zsh"})],
 )
 def test_completions(words: str, expected: set[str]) -> None:
     variables = {

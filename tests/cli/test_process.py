@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -232,20 +233,21 @@ def test_no_streams_at_all() -> None:
         assert done.returncode == (0 if arguments == "formats" else 2)
 
 
-def read_all(terminal: int) -> str:
-    """What was shown so far; a terminal hands it out in small pieces."""
-    os.set_blocking(terminal, False)
-    shown = b""
-    with contextlib.suppress(BlockingIOError):
+def read_all(terminal: int, shown: list[bytes]) -> None:
+    """What is shown, until the last who writes to it is gone."""
+    with contextlib.suppress(OSError):  # as a terminal says that
         while piece := os.read(terminal, 1 << 16):
-            shown += piece
-    return shown.decode()
+            shown.append(piece)
 
 
 @pytest.mark.parametrize("term", ["dumb", "xterm"])
 def test_terminal(box: Sandbox, term: str) -> None:
     """A bar on a terminal, which is gone in the end; no control characters on a dumb one."""
     ours, theirs = pty.openpty()
+    pieces: list[bytes] = []
+    # Meanwhile: a terminal holds a few kB, and who writes more waits.
+    reader = threading.Thread(target=read_all, args=(ours, pieces))
+    reader.start()
     try:
         command = [*PROGRAM, *merge_arguments(box)]
         environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
@@ -253,10 +255,11 @@ def test_terminal(box: Sandbox, term: str) -> None:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=theirs, env=environment, check=False
         )
-        shown = read_all(ours)
     finally:
-        os.close(ours)
         os.close(theirs)
+        reader.join()
+        os.close(ours)
+    shown = b"".join(pieces).decode()
     assert (done.returncode, done.stdout) == (0, os.fsencode(f"{box.out}\n"))
     assert ("\x1b" in shown) == (term != "dumb")
     assert "merged 4 tensors" in shown

@@ -86,6 +86,7 @@ def test_path_alone_on_stdout(box: Sandbox, lora: Lora) -> None:
     )
     assert config(box)["r"] == config(box)["lora_alpha"] == 8
     assert sorted(p.name for p in box.out.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -214,6 +215,38 @@ def test_a_base_that_does_not_fit(box: Sandbox, lora: Lora) -> None:
     base[f"{MODULES[0]}.weight"] = base[f"{MODULES[0]}.weight"][:-1].clone()
     box.save_base(base)
     box.refuses(4, MODULES[0], run=lora)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_adapter_with_copies_of_the_base(box: Sandbox, lora: Lora, *, same: bool) -> None:
+    """What is added to the base's own weights cannot be an update of others."""
+    spec = box.root / "copies.toml"
+    spec.write_text(
+        'title = "Copies"\nprefix = "base_model.model."\nscale = 2.0\n[tensors]\n'
+        'down = "{module}.lora_A.weight"\nup = "{module}.lora_B.weight"\n'
+        'magnitude = { name = "{module}.lora_magnitude_vector", shape = ["out"] }\n'
+        'weight = "{module}.base"\n'
+    )
+    tensors, base = box.load_adapter(), box.load_base()
+    for path in MODULES:
+        copy = base[f"{path}.weight"]
+        moved = copy if same or path != MODULES[1] else copy.flip(0)
+        tensors[f"{PREFIX}{path}.base"] = moved.contiguous()
+    box.save_adapter(tensors)
+    if same:
+        assert lora("--spec", spec).code == 0
+        return
+    words = "carries its own base weights", f"{MODULES[1]}: a LoRA is added to the base's own"
+    box.refuses(4, *words, run=lambda: lora("--spec", spec))
+    assert MODULES[0] not in lora("--spec", spec).err
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("FLOAT16", torch.float16)])
+def test_types_are_called_as_those_of_a_merge(
+    box: Sandbox, lora: Lora, name: str, dtype: torch.dtype
+) -> None:
+    assert lora("--dtype", name).code == 0
+    assert {tensor.dtype for tensor in stored(box).values()} == {dtype}
 
 
 def test_plain_lora_in(box: Sandbox, lora: Lora) -> None:

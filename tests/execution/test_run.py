@@ -291,3 +291,27 @@ def test_plain_lora_and_magnitude_only(tmp_path: Path, store: Store) -> None:
     torch.testing.assert_close(got["lora"].double(), weight.double() + update, rtol=1e-6, atol=1e-7)
     expected = exact(weight, parts["up"], parts["down"], parts["m"], scaling=0.0)
     torch.testing.assert_close(got["only"].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_model_larger_than_memory_leaves_the_page_cache(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard that is written, and what was read for it, once it is on the disk."""
+    weight, parts = random(8, 6), operands(8, 6, MagnitudeAxis.OUT)
+    base, refs = store(w=weight, c=random(5)), store("adapter.safetensors", **parts)
+    merge = (Merge(base["w"], (Piece(0, 8, module(refs)),)), DType.F32, (8, 6))
+    plan = plan_of({"w": merge, "c": (Copy(base["c"]), DType.F32, (5,))})
+    told: list[tuple[str, int]] = []
+
+    def drop(spans: list[tuple[Path, int, int]]) -> None:
+        told.extend((file.name, end - begin) for file, begin, end in spans)
+
+    monkeypatch.setattr("dora_convert.execution.run.drop", drop)
+    for larger in (False, True):
+        monkeypatch.setattr("dora_convert.execution.run.is_larger_than_memory", lambda _: larger)  # noqa: B023
+        folder = tmp_path / str(larger)
+        folder.mkdir()
+        run(plan, folder, workers=1, listener=Recorder())
+        size = (folder / "model.safetensors").stat().st_size
+        read = {("base.safetensors", 192), ("base.safetensors", 20)}
+        assert set(told) == ({("model.safetensors", size), *read} if larger else set())

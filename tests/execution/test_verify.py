@@ -12,9 +12,10 @@ from torch import Tensor
 from dora_convert.core.adapter import MagnitudeAxis, TokenRows
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan
 from dora_convert.core.reports import Verification
-from dora_convert.core.tensors import DType
+from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.execution.run import run
 from dora_convert.execution.verify import verify
+from dora_convert.storage.header import layout, read_header
 from dora_convert.storage.pickled import read_pickle_header
 
 from .conftest import Recorder, Store, exact, module, plan_of
@@ -117,6 +118,29 @@ def test_structure(case: tuple[Plan, dict[str, Tensor]], tmp_path: Path) -> None
     assert "w: F32 [60, 20], expected BF16 [60, 20]" in differences
     assert "b: F32 [5], expected F32 [9]" in differences
     assert "t: missing" in differences
+
+
+@pytest.mark.parametrize("label", ["F4", "F6_E3M2"])
+def test_types_that_torch_does_not_read(tmp_path: Path, label: str) -> None:
+    """They are copied, and every byte of them is compared."""
+    kind = DType[label]
+    shape = (8, 12)
+    data = bytes(range(96 * kind.bits // 8))
+    head = layout([TensorSpec("x", kind, shape)]).head
+    (tmp_path / "base.safetensors").write_bytes(head + data)
+    refs = read_header(tmp_path / "base.safetensors")
+    plan = plan_of({"x": (Copy(refs["x"]), kind, shape)})
+    result = tmp_path / "result.safetensors"
+    for at in (None, 0, len(data) - 1):
+        changed = bytearray(data)
+        if at is not None:
+            changed[at] ^= 1
+        result.write_bytes(head + changed)
+        found = verify(plan, {"x": result}, samples=1)
+        assert found.differences == (
+            () if at is None else ("x: its bytes differ from their source",)
+        )
+        assert found.compared_bytes == (len(data) if at is None else 0)
 
 
 def test_pickled_sources(tmp_path: Path, store: Store) -> None:

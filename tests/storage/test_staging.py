@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dora_convert.errors import OutputError
-from dora_convert.storage import staging
+from dora_convert.storage import publishing, staging
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.staging import Staging
 
@@ -59,7 +59,7 @@ def test_onto_an_empty_folder(tmp_path: Path) -> None:
 def test_nothing_is_seen_before(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Staging(out, nbytes=0, overwrite=False) as work:
-        assert work.dir == tmp_path / "out.partial"
+        assert work.dir == tmp_path / "out.partial" / "files"
         assert not out.exists()
         work.publish()
         assert tree(tmp_path) == {"out": None}
@@ -68,7 +68,7 @@ def test_nothing_is_seen_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 def test_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
     (tmp_path / "out" / "old").mkdir(parents=True)
     (tmp_path / "out" / "old" / "x").write_text("old")
     run(tmp_path / "out", overwrite=True)
@@ -114,7 +114,7 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
             raise OSError(errno.EIO, "x")
         rename(source, target)
 
-    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", third_fails)
     with pytest.raises(OutputError, match="the disk reported an error"):
         run(tmp_path / "out", overwrite=True)
@@ -123,22 +123,30 @@ def test_the_old_folder_comes_back_when_the_second_rename_fails(
 
 def test_the_old_folder_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out" / "old").mkdir(parents=True)
-    rmtree = shutil.rmtree
 
-    def fails(path: Any, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
-            raise OSError(errno.EIO, "x")
-        rmtree(path)
+    def fails(path: Any) -> None:
+        raise OSError(errno.EIO, "x")
 
     monkeypatch.setattr(shutil, "rmtree", fails)
-    with pytest.raises(OutputError, match="out was replaced, but what was there before") as caught:
+    with pytest.raises(OutputError, match="out is complete, but what is left beside it") as caught:
         run(tmp_path / "out", overwrite=True)
     assert caught.value.where == (str(tmp_path / "out.partial"),)
-    left = {"out.partial": None, "out.partial/old": None, "out.partial/.dora-convert": ""}
+    files = "out.partial/files"
+    left = {"out.partial": None, files: None, f"{files}/old": None, "out.partial/.dora-convert": ""}
     assert tree(tmp_path) == DONE | left
     monkeypatch.undo()
     run(tmp_path / "out", overwrite=True)  # known as ours, so it does not stop the next run
     assert tree(tmp_path) == DONE
+
+
+def test_killed_between_the_two_renames(tmp_path: Path) -> None:
+    """What was there comes back, where the run that was to replace it is given up."""
+    (tmp_path / "out.partial" / "old").mkdir(parents=True)
+    (tmp_path / "out.partial" / ".dora-convert").touch()
+    (tmp_path / "out.partial" / "old" / "x").write_text("old")
+    with pytest.raises(ZeroDivisionError), Staging(tmp_path / "out", nbytes=0, overwrite=True):
+        raise ZeroDivisionError
+    assert tree(tmp_path) == {"out": None, "out/x": "old"}
 
 
 def test_somebody_fills_the_output_meanwhile(tmp_path: Path) -> None:
@@ -178,10 +186,13 @@ def test_all_is_brought_to_the_disk_before_the_rename(
     monkeypatch.setattr(os, "fsync", watch_fsync)
     monkeypatch.setattr(os, "rename", watch_rename)
     run(tmp_path / "out")
+    # The marker is on the disk before there is anything that it marks.
+    assert events[:2] == ["out.partial", tmp_path.name]
+    events = events[2:]
     cut = events.index("rename")
-    assert set(events[:cut]) == {"model.safetensors", "config.json", "sub", "out.partial"}
-    assert events[:cut].index("config.json") < events[:cut].index("sub") < cut - 1
-    assert events[cut + 1 :] == [tmp_path.name]
+    assert set(events[:cut]) == {"model.safetensors", "config.json", "sub", "files", "out.partial"}
+    assert events.index("config.json") < events.index("sub") < events.index("files") < cut - 1
+    assert events[cut + 1 :] == [tmp_path.name, "out.partial"]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
@@ -210,12 +221,17 @@ def test_without_publishing(tmp_path: Path, error: type[BaseException] | None) -
     assert tree(tmp_path) == {"out": None}
 
 
-def test_failure_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["out.partial", "model.safetensors"])
+def test_failure_to_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    fsync = os.fsync
+
     def fails(fd: int) -> None:
-        raise OSError(errno.EIO, "x")
+        if Path(f"/proc/self/fd/{fd}").readlink().name == place:
+            raise OSError(errno.EIO, "x")
+        fsync(fd)
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(OutputError, match="out cannot be written: the disk reported an error"):
+    with pytest.raises(OutputError, match="cannot be written: the disk reported an error"):
         run(tmp_path / "out")
     assert tree(tmp_path) == {}
 
@@ -270,7 +286,7 @@ def test_two_runs(tmp_path: Path) -> None:
     with holder(out) as process:
         with pytest.raises(OutputError, match="another run is writing out"):
             run(out)
-        assert tree(out.with_name("out.partial"))["model.safetensors"] == "half"
+        assert tree(out.with_name("out.partial"))["files/model.safetensors"] == "half"
         process.communicate()  # its input ends, and so does it
         assert process.returncode == 0
     assert tree(tmp_path) == {}
@@ -283,9 +299,10 @@ def test_killed_run(tmp_path: Path) -> None:
     with holder(out) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (tmp_path / "out.partial" / "sub").mkdir()
-    (tmp_path / "out.partial" / "sub" / "x").write_text("x")
-    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    place = tmp_path / "out.partial" / "files"
+    (place / "sub").mkdir()
+    (place / "sub" / "x").write_text("x")
+    assert (place / "model.safetensors").exists()
     run(out)
     assert tree(tmp_path) == DONE
 
@@ -303,6 +320,10 @@ def test_foreign_things_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="was not made by this tool"):
         run(tmp_path / "out")
     assert tree(tmp_path) == {"out.partial": None, "out.partial/thesis.tex": "x"}
+    (place / ".dora-convert").touch()  # also where we were before
+    with pytest.raises(OutputError, match="was not made by this tool"):
+        run(tmp_path / "out")
+    assert (place / "thesis.tex").read_text() == "x"
     shutil.rmtree(place)
     place.write_text("x")
     with pytest.raises(OutputError, match="is not a folder"):
@@ -377,7 +398,7 @@ def test_small_disk(mounted: Path) -> None:
         Staging(mounted / "out", nbytes=3_100_000, overwrite=False).__enter__()
     run(mounted / "out")
     with (
-        pytest.raises(OutputError, match=r"out\.partial cannot be written: no space is left"),
+        pytest.raises(OutputError, match="files cannot be written: no space is left"),
         Staging(mounted / "out", nbytes=0, overwrite=True) as work,
         writing(work.dir),
     ):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dora_convert.cli.console import show_json, size
+from dora_convert.cli.console import note, printable, show_json, size
 from dora_convert.cli.params import (
     PATH,
     base_option,
@@ -24,12 +24,18 @@ __all__ = ["COMMAND"]
 @click.command(
     "verify",
     epilog=examples(
+        "dora-convert verify ./merged",
         "dora-convert verify ./merged --adapter ./adapter --base ./model",
         "dora-convert verify ./merged --adapter ./adapter --base ./model --all",
     ),
 )
 @click.argument("output", type=PATH)
-@click.option("-a", "--adapter", type=PATH, required=True, help="The adapter that was merged.")
+@click.option(
+    "-a",
+    "--adapter",
+    type=PATH,
+    help="The adapter that was merged; without it the files' hashes are compared, and no more.",
+)
 @base_option
 @click.option(
     "--samples",
@@ -52,7 +58,7 @@ __all__ = ["COMMAND"]
 @read_options
 def _verify(
     output: Path,
-    adapter: Path,
+    adapter: Path | None,
     base: Path | None,
     samples: int,
     tolerance: float,
@@ -61,11 +67,14 @@ def _verify(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Recompute a merged checkpoint in float64 and compare.
+    """Compare a merged checkpoint with its hashes, and recompute it in float64.
 
-    OUTPUT is what merge wrote. Pass --scale, --include, --exclude, --ignore, --axis and
+    OUTPUT is what merge wrote, with SHA256SUMS: a single byte that is another now is found. To
+    recompute it, pass --adapter, and --scale, --include, --exclude, --ignore, --axis and
     --transposed as they were then.
     """
+    if base is not None and adapter is None:
+        raise click.UsageError("--base goes with --adapter")
     from dora_convert import api
 
     result = api.verify(
@@ -78,6 +87,12 @@ def _verify(
     )
     if as_json:
         show_json("verify", result)
+        return
+    for text in result.notes:
+        note(f"Note: {printable(text)}")
+    if result.hashed:
+        click.echo(f"ok: {result.hashed} files have the sha256 that they were written with")
+    if adapter is None:
         return
     click.echo(
         f"ok: {result.tensors} tensors as planned, {result.rows} rows of {result.modules} modules "

@@ -1,0 +1,31 @@
+"""The system's page cache: what a merge leaves in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["drop", "is_larger_than_memory"]
+
+
+def is_larger_than_memory(nbytes: int) -> bool:
+    """Whether so much, read and written, would push everything else out of the page cache."""
+    try:
+        return 2 * nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return False
+
+
+def drop(spans: Iterable[tuple[Path, int, int]]) -> None:
+    """Let go of bytes `begin:end` of files that will not be wanted again soon; a hint, no more."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    for file, begin, end in spans:
+        with suppress(OSError):
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
