@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_convert.api.bases import open_base
+from dora_convert.api.cards import CARD, adapter_name, write_card
 from dora_convert.api.merging import Silent
 from dora_convert.api.reading import ReadOptions, open_spec, read_adapter
 from dora_convert.api.settling import settled
@@ -18,7 +19,9 @@ from dora_convert.errors import InputError, VerificationError
 from dora_convert.formats import formats
 from dora_convert.planning.roworder import in_order_of
 from dora_convert.planning.settle import with_bias_rule
+from dora_convert.storage.fingerprint import inputs_of
 from dora_convert.storage.sidefiles import write_documents
+from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
 from dora_convert.storage.weights import PICKLES
 
@@ -37,6 +40,7 @@ class ConvertOptions:
     overwrite: bool = False
 
 
+@released()
 def convert(
     adapter: Path,
     output: Path,
@@ -60,7 +64,7 @@ def convert(
     inputs = (adapter,) if base is None else (adapter, base)
     check_output(output, inputs=inputs, overwrite=how.overwrite)
     if base is not None:
-        checkpoint = open_base(base, options)
+        checkpoint = open_base(base, options, in_part=True)
         found = settled(found, checkpoint, transposed=options.transposed)
         found = with_bias_rule(found, checkpoint, BiasRule.NONE)
         found = in_order_of(how.format, found, checkpoint.config)
@@ -70,9 +74,12 @@ def convert(
     jobs = tuple(_job(name, ref, how.dtype) for name, ref in made.tensors.items())
     texts = (WrittenFile(n, json_text(made.documents[n])) for n in sorted(made.documents))
     plan = Plan((Shard(target.weights, jobs),), tuple(texts), found.notes)
+    read = inputs_of(plan)
     with Staging(output, nbytes=plan.nbytes, overwrite=how.overwrite) as staging:
         _write(plan, staging.dir)
         write_documents(plan.documents, staging.dir)
+        write_card(staging.dir, {"converted from": found.format, "adapter": adapter_name(found)})
+        read.require_unchanged()
         staging.publish()
     return ConvertReport(
         output=str(output),
@@ -82,7 +89,7 @@ def convert(
         modules=len(found.modules),
         tensors=len(jobs),
         nbytes=plan.nbytes,
-        files=(target.weights, *sorted(made.documents)),
+        files=(target.weights, *sorted((CARD, *made.documents))),
         notes=found.notes,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_convert.api.bases import fetch_merged, open_base
+from dora_convert.api.bases import base_name, fetch_merged, open_base
 from dora_convert.api.reading import ReadOptions, checked, read_adapter, worker_count
 from dora_convert.api.settling import settled
 from dora_convert.core.reports import Figures, Inspection
@@ -64,7 +64,7 @@ def inspect(
     return inspection(
         found,
         name=str(adapter),
-        base=str(base),
+        base=base_name(checkpoint, base),
         measure=measure,
         per_module=per_module,
         notes=extra,

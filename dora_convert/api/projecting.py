@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_convert.api.bases import open_base
+from dora_convert.api.bases import base_name, fetch_merged, open_base
+from dora_convert.api.cards import lora_figures, write_card
 from dora_convert.api.fitting import open_fitting
 from dora_convert.api.merging import Silent
 from dora_convert.api.outcome import (
@@ -48,7 +49,9 @@ from dora_convert.planning.lora import (
 )
 from dora_convert.planning.planner import Proposal, plan_merge
 from dora_convert.planning.stacks import STACKS, WITHOUT_LORA, Stack, reading
+from dora_convert.storage.fingerprint import inputs_of
 from dora_convert.storage.sidefiles import write_documents
+from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
 
 if TYPE_CHECKING:
@@ -90,6 +93,7 @@ class LoraOptions:
         return self.choice or RankChoice(rank=DEFAULT_RANK)
 
 
+@released()
 def to_lora(
     adapter: Path,
     output: Path,
@@ -113,13 +117,14 @@ def to_lora(
         return _nothing(found, adapter, how, begun)
     base = base or named_base(found)
     check_output(output, inputs=(adapter, base), overwrite=how.overwrite)
-    checkpoint = open_base(base, options)
+    # A model that is run, and a mark of the base, take all of it.
+    checkpoint = open_base(base, options, in_part=how.fit is None and how.stats is None)
     found = settled(found, checkpoint, transposed=options.transposed)
     proposal = plan_merge(found, checkpoint, transposed=options.transposed)
     _check_stack(found, checkpoint, proposal, stack, adapter)
+    fetch_merged(proposal.plan)
     # Of the plan's own notes most are about the files of a merge.
-    notes = [*found.notes, *checked(proposal, found, adapter, base)]
-    _check_copies(found, proposal, adapter)
+    notes = [*found.notes, *checked(proposal, found, adapter, base, base_stays=True)]
     seconds = {"plan": time.perf_counter() - begun}
     made = _write(output, found, checkpoint, proposal, stack, how, listener or Silent())
     seconds["total"] = time.perf_counter() - begun
@@ -127,7 +132,7 @@ def to_lora(
     return LoraReport(
         output=str(output),
         adapter=str(adapter),
-        base=str(base),
+        base=base_name(checkpoint, base),
         stack=how.stack,
         rank=made.rank,
         nbytes=made.nbytes,
@@ -235,21 +240,6 @@ def _check_stack(
         )
 
 
-def _check_copies(adapter: Adapter, proposal: Proposal, name: Path) -> None:
-    """An update of the adapter's own copy of a weight is none of another base's."""
-    from dora_convert.execution.decoding import open_reader
-    from dora_convert.execution.probe import copy_differences
-
-    different = copy_differences(adapter.modules.values(), proposal.weights, open_reader())
-    if different:
-        raise MismatchError(
-            "the adapter carries its own base weights, and the base holds others",
-            where=str(name),
-            problems=[f"{path}: a LoRA is added to the base's own" for path in different],
-            hint="Pass the base that was trained on, or merge instead (dora-convert merge).",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Written:
     modules: tuple[LoraModule, ...]
@@ -293,6 +283,7 @@ def _write(
     most = allowed_rank(choice.rank or choice.ceiling, stack)
     # The scratch files, always of 32 bits, and what is made of them.
     room = sum(sum(layer.shape) for layer in layers) * most * (4 + how.dtype.bits // 8)
+    inputs = inputs_of(proposal.plan)
     with Staging(output, nbytes=room, overwrite=how.overwrite) as staging:
         scratch = Scratch(staging.dir / "scratch", list(parts))
         spectra = project(
@@ -320,6 +311,8 @@ def _write(
         write_pairs(staging.dir, file, ranks, scratch)
         shutil.rmtree(staging.dir / "scratch")
         write_documents(file.documents, staging.dir)
+        write_card(staging.dir, lora_figures(adapter, checkpoint.root, modules, fit))
+        inputs.require_unchanged()
         staging.publish()
     return _Written(modules, top, sum(pair.nbytes for pair in file.pairs), fit, notes)
 

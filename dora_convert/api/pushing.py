@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dora_convert.core.bundle import Json
+from dora_convert.api.cards import CARD, card_facts, named_base_of
 from dora_convert.errors import InputError, OutputError
 from dora_convert.hub.push import (
     Changes,
-    Content,
     Destination,
     Pushed,
     Target,
     compared,
     look_at,
+    require_writable,
     send,
 )
 from dora_convert.hub.refs import parse_ref
-from dora_convert.report.card import CardFacts, model_card
-from dora_convert.storage.documents import read_json, read_text
+from dora_convert.hub.upload import Content
+from dora_convert.report.card import figures_of, has_section, is_bare, model_card
+from dora_convert.storage.documents import read_text
 from dora_convert.storage.folders import require_inside, require_path
 from dora_convert.storage.oserrors import reading
 
-__all__ = ["Consent", "PushOptions", "push"]
+__all__ = [
+    "Consent",
+    "PushOptions",
+    "card_of",
+    "check_names",
+    "check_push",
+    "files_of",
+    "push",
+    "require_consent",
+    "text_of",
+]
 
-_CARD = "README.md"
 _CARD_LIMIT = 1 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -59,28 +68,50 @@ def push(
     Raises InputError, OutputError without consent, HubError, and VerificationError.
     """
     how = how or PushOptions()
+    check_names(repo, how)
+    files = files_of(folder)
+    if not any(name.endswith(_WEIGHTS) for name in files):
+        hint = "Push the folder that merge, to-lora or convert printed."
+        raise InputError(f"{folder} holds no weights", where=str(folder), hint=hint)
+    own = text_of(folder / CARD) if CARD in files else None
+    target = look_at(repo, how)
+    card, notes = card_of(target, folder, own, base)
+    files[CARD] = card.encode()
+    changes = compared(target, files)
+    if (changes.replaced or changes.removed) and not how.create_pr and not how.dry_run:
+        require_consent(consent, repo, changes)
+    pushed = send(target, changes, files, how, dry_run=how.dry_run)
+    return replace(pushed, notes=tuple(notes))
+
+
+def check_push(
+    repo: str, *, how: PushOptions | None = None, consent: Consent | None = None
+) -> None:
+    """Raise what `push` would, as far as it can be known while there is no output yet.
+
+    That is: no such name, no login, no right to write there, and a model there that was not made
+    by this package, unless `consent` says that it may be replaced.
+    """
+    how = how or PushOptions()
+    check_names(repo, how)
+    target = look_at(repo, how)
+    require_writable(target, how)
+    if target.weights and not how.create_pr:
+        card = target.readme()
+        if card is None or not has_section(text_of(card) or ""):
+            require_consent(consent, repo, Changes(replaced=target.weights))
+
+
+def check_names(repo: str, how: PushOptions) -> None:
+    """Raise InputError for what is no repository, and for options that exclude each other."""
     ref = parse_ref(repo)
     if ref is None or ref.revision or ref.folder or repo != ref.repo:
         raise InputError(f"{repo} is no name of a repository", hint="Write it as org/name.")
     if how.create_pr and how.revision is not None:
         raise InputError("a new pull request has no revision yet", hint="Leave --revision out.")
-    files = _files(folder)
-    documents: dict[str, Json] = {
-        name: read_json(folder / name)
-        for name in ("config.json", "adapter_config.json")
-        if name in files
-    }
-    target = look_at(repo, how)
-    notes: list[str] = []
-    files[_CARD] = _card(target, files, documents, base, notes).encode()
-    changes = compared(target, files)
-    if (changes.replaced or changes.removed) and not how.create_pr and not how.dry_run:
-        _require(consent, repo, changes)
-    pushed = send(target, changes, files, how, dry_run=how.dry_run)
-    return replace(pushed, notes=tuple(notes))
 
 
-def _files(folder: Path) -> dict[str, Content]:
+def files_of(folder: Path) -> dict[str, Content]:
     """All files of an output, but for hidden ones."""
     require_path(folder, "folder")
     if not folder.is_dir():
@@ -92,13 +123,11 @@ def _files(folder: Path) -> dict[str, Content]:
             if file.is_file() and not any(part.startswith(".") for part in name.parts):
                 require_inside(folder, file)
                 found[name.as_posix()] = file
-    if not any(name.endswith(_WEIGHTS) for name in found):
-        hint = "Push the folder that merge, to-lora or convert printed."
-        raise InputError(f"{folder} holds no weights", where=str(folder), hint=hint)
     return found
 
 
-def _require(consent: Consent | None, repo: str, changes: Changes) -> None:
+def require_consent(consent: Consent | None, repo: str, changes: Changes) -> None:
+    """Raise OutputError unless somebody agrees."""
     if consent is not None and consent(changes):
         return
     raise OutputError(
@@ -111,20 +140,19 @@ def _require(consent: Consent | None, repo: str, changes: Changes) -> None:
     )
 
 
-def _card(
-    target: Target,
-    files: Mapping[str, Content],
-    documents: Mapping[str, Json],
-    base: str | None,
-    notes: list[str],
-) -> str:
-    own = files.get(_CARD)
-    existing = own if isinstance(own, Path) else target.readme()
-    text = read_text(existing, limit=_CARD_LIMIT) if existing and existing.stat().st_size else None
-    config = documents.get("config.json", {})
-    # Some trainers' adapters have no config at all.
-    adapter = documents.get("adapter_config.json", None if config else {})
-    named = base or (adapter or {}).get("base_model_name_or_path")
+def card_of(
+    target: Target, folder: Path, own: str | None, base: str | None
+) -> tuple[str, list[str]]:
+    """The output's own card, or the one that is there, completed; and what it cannot say."""
+    notes: list[str] = []
+    existing = own
+    if own is None or is_bare(own):  # then nobody's words are lost with it
+        there = target.readme()
+        existing = own if there is None else text_of(there) or own
+    figures = figures_of(own or existing or "")
+    facts = card_facts(folder, repo=target.ref.repo, figures=figures)
+    written = (facts.adapter or {}).get("base_model_name_or_path")
+    named = base or written or named_base_of(figures)
     ref = parse_ref(named) if isinstance(named, str) else None
     licence = target.license_of(ref.repo) if ref is not None else None
     if licence is None:
@@ -132,16 +160,13 @@ def _card(
             "the card names no base model: "
             + (f"{named} is not one of the Hub" if named else "pass it with --base")
         )
-        if named and not base:
-            notes.append(f"adapter_config.json, which is sent, names {named}")
-    classes: Any = config.get("architectures")
-    quantization: Any = config.get("quantization_config")
-    facts = CardFacts(
-        repo=target.ref.repo,
-        base_model=ref.repo if ref is not None and licence is not None else None,
-        license=licence or {},
-        adapter=adapter,
-        scheme=str(quantization.get("quant_method")) if isinstance(quantization, dict) else None,
-        architecture=str(classes[0]) if isinstance(classes, list) and classes else None,
-    )
-    return model_card(facts, text)
+        if written and not base:
+            notes.append(f"adapter_config.json, which is sent, names {written}")
+    elif ref is not None:
+        facts = replace(facts, base_model=ref.repo, license=licence)
+    return model_card(facts, existing), notes
+
+
+def text_of(card: Path) -> str | None:
+    """A card as text; None for an empty one."""
+    return read_text(card, limit=_CARD_LIMIT) if card.stat().st_size else None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.core.plan import Merge, Plan, Quantise
 from dora_convert.core.protocols import AdapterFormat
 from dora_convert.core.spec.format import SpecFormat
 from dora_convert.core.spec.parsing import parse
-from dora_convert.core.tensors import Pickled, Slice, TensorRef
+from dora_convert.core.tensors import Encoded
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.formats import detect, formats
-from dora_convert.hub.locate import local_path, origin
+from dora_convert.hub.locate import local_path
 from dora_convert.hub.refs import parse_ref
 from dora_convert.planning.checks import scaled, selected, without
 from dora_convert.planning.planner import Proposal
@@ -113,8 +114,14 @@ def open_spec(file: Path) -> SpecFormat:
     return SpecFormat(parse(text, name=file.stem, file=str(file)))
 
 
-def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> list[str]:
-    """Look at the data too, then raise for everything at once; returns what is only doubtful."""
+def checked(
+    proposal: Proposal, adapter: Adapter, name: Path, base: Path, *, base_stays: bool = False
+) -> list[str]:
+    """Look at the data too, then raise for everything at once; returns what is only doubtful.
+
+    `base_stays`: the base's weights will be added to as they are, so that the adapter's own copies
+    of them have to be the same.
+    """
     from dora_convert.execution.decoding import open_reader
     from dora_convert.execution.probe import copy_differences, fingerprint, nonfinite
 
@@ -130,7 +137,7 @@ def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> lis
         raise MismatchError(
             "the adapter does not fit this base", where=where, problems=problems, hint=hint
         )
-    notes = _origin(proposal.weights)
+    notes = _round_trip(proposal.plan)
     mark = fingerprint(proposal.plan, reader, workers=cores)
     if mark is not None and mark.is_doubtful:
         notes.append(
@@ -139,6 +146,13 @@ def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> lis
             f"(median; correlation {mark.correlation:.2f}), where training moves them by a few %"
         )
     different = copy_differences(adapter.modules.values(), proposal.weights, reader)
+    if different and base_stays:
+        raise MismatchError(
+            "the adapter carries its own base weights, and the base holds others",
+            where=str(name),
+            problems=[f"{path}: a LoRA is added to the base's own" for path in different],
+            hint="Pass the base that was trained on, or merge instead (dora-convert merge).",
+        )
     if different:
         notes.append(
             "this may not be the base that was trained on: the adapter carries its own copy of "
@@ -147,11 +161,15 @@ def checked(proposal: Proposal, adapter: Adapter, name: Path, base: Path) -> lis
     return notes
 
 
-def _origin(weights: Mapping[str, TensorRef]) -> list[str]:
-    """Where on the Hub the base is from, as a note."""
-    places = [r.source.file for r in weights.values() if isinstance(r.source, Slice | Pickled)]
-    found = origin(places[0]) if places else None
-    return [] if found is None else [f"the base is {found[0]} of the Hub, at commit {found[1]}"]
+def _round_trip(plan: Plan) -> list[str]:
+    """What the base is taken as, where it is seen through the quantisation of the training."""
+    sources = (job.op.base.source for job in plan.jobs if isinstance(job.op, Merge | Quantise))
+    schemes = (s.scheme for s in sources if isinstance(s, Encoded) and s.rounded)
+    return [
+        f"the base's linear layers are taken as {scheme} gives them back, as the adapter met them "
+        "in training"
+        for scheme in dict.fromkeys(schemes)
+    ]
 
 
 def named_base(adapter: Adapter) -> Path:

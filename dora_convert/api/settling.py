@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dora_convert.api.bases import fetch_rows
 from dora_convert.api.reading import worker_count
 from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, MagnitudeKind, RowOrder
 from dora_convert.core.bundle import Checkpoint
@@ -15,10 +16,17 @@ from dora_convert.planning.settle import squares, subjects, with_axis, with_bias
 __all__ = ["settled"]
 
 
-def settled(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[str] = ()) -> Adapter:
+def settled(
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    *,
+    transposed: Sequence[str] = (),
+    ahead: bool = True,
+) -> Adapter:
     """The adapter with axis, row orders, bias rule and kind of magnitude as the base has them.
 
-    Reads some rows of the base, and whole weights of a few modules where the rows do not do.
+    All that the adapter's modules stand for is fetched `ahead`, since most commands go on to read
+    it. Reads some rows of the base, and whole weights of a few modules where the rows do not do.
     Raises MismatchError where the base does not decide, or shows that nothing can be made of the
     magnitudes.
     """
@@ -26,6 +34,9 @@ def settled(adapter: Adapter, checkpoint: Checkpoint, *, transposed: Sequence[st
     from dora_convert.execution.settle import axis_moments, order_moments, samples
 
     reader, workers = open_reader(), worker_count(None)
+    if ahead:
+        named = subjects(adapter, checkpoint, transposed=transposed)
+        fetch_rows((part.base, part.start, part.stop) for s in named for part in s.weight)
     if adapter.is_axis_open:
         found = squares(subjects(adapter, checkpoint, transposed=transposed))
         adapter = with_axis(adapter, axis_moments(found, reader, workers=workers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import click
 from dora_convert import __version__
 from dora_convert.cli.console import COMPLETE, PROGRAM, note, printable
 from dora_convert.errors import DoraConvertError
+from dora_convert.storage.oserrors import enough_memory
 
 __all__ = ["guarded", "run"]
 
@@ -68,7 +70,12 @@ def _handle_signals(handler: _Stop | signal.Handlers) -> None:
 def run(command: click.Command, args: Sequence[str]) -> int:  # noqa: PLR0911 - one for each end
     """Run the command with these arguments; returns its exit code."""
     try:
-        with _held_stdout(), command.make_context(PROGRAM, list(args)) as context:
+        with (
+            _log(args),
+            enough_memory(),
+            _held_stdout(),
+            command.make_context(PROGRAM, list(args)) as context,
+        ):
             command.invoke(context)
     except DoraConvertError as error:
         _show(error, args)
@@ -78,10 +85,10 @@ def run(command: click.Command, args: Sequence[str]) -> int:  # noqa: PLR0911 - 
         return error.exit_code
     except click.exceptions.Exit as error:  # --help and --version end so
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _show_stop(signal.SIGINT, args)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _show_stop(signal.SIGINT, args, _notes(error))
     except _Stopped as error:
-        return _show_stop(error.number, args)
+        return _show_stop(error.number, args, _notes(error))
     except _StdoutError as error:
         _tell(args, 5, f"the result cannot be written to standard output: {error}")
         return 5
@@ -111,6 +118,30 @@ class _Stop:
             raise _Stopped(number)
 
 
+class _Log(logging.Handler):
+    """What should be known while a command runs, and not only at its end."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show it as the notes of a report are."""
+        note(f"Note: {printable(record.getMessage())}")
+
+
+@contextmanager
+def _log(args: Sequence[str]) -> Iterator[None]:
+    """Show the package's own log; a program that reads JSON finds the same in the report."""
+    logger, handler = logging.getLogger("dora_convert"), _Log()
+    if "--json" in args:
+        yield
+        return
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
 class _StdoutError(Exception):
     """Standard output does not take the result."""
 
@@ -131,8 +162,9 @@ class _Held(io.TextIOWrapper):
 def _held_stdout() -> Iterator[None]:
     """Keep what is printed until the end: a failure prints nothing, and writing has one place."""
     stream = sys.stdout
-    if stream is None:  # closed by the caller
-        yield
+    if stream is None:  # closed by the caller, who wants nothing of it
+        with redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+            yield
         return
     held = _Held(stream)
     try:
@@ -190,8 +222,14 @@ def _tell(
     note("\n".join(lines))
 
 
+def _notes(error: BaseException) -> str:
+    """What those whom the exception passed had to add: what is left of the work."""
+    return " ".join(getattr(error, "__notes__", ()))
+
+
 def _show(error: DoraConvertError, args: Sequence[str]) -> None:
-    where, problems, hint = error.where, error.problems, error.hint
+    where, problems = error.where, error.problems
+    hint = " ".join(text for text in (error.hint, _notes(error)) if text)
     _tell(args, error.exit_code, error.what, where=where, problems=problems, hint=hint)
 
 
@@ -205,9 +243,9 @@ def _show_usage(error: click.ClickException, args: Sequence[str]) -> None:
             error.show()
 
 
-def _show_stop(number: int, args: Sequence[str]) -> int:
+def _show_stop(number: int, args: Sequence[str], notes: str) -> int:
     name = "Interrupted" if number == signal.SIGINT else "Stopped"
-    what = f"{name}. No half-written output is left; the same command starts again."
+    what = f"{name}. {notes or 'No half-written output is left; the same command starts again.'}"
     code = 128 + number
     if "--json" in args:
         _tell(args, code, what)
@@ -220,6 +258,6 @@ def _show_bug(error: Exception, args: Sequence[str]) -> None:
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{PurePath(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
     what = f"a bug in dora-convert {__version__}: {type(error).__name__}: {error} ({place})"
-    _tell(args, 1, what, hint=_REPORT)
+    _tell(args, 1, what, hint=" ".join(text for text in (_REPORT, _notes(error)) if text))
     if "--verbose" in args and "--json" not in args:
         note("".join(traceback.format_exception(error)))

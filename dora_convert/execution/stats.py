@@ -179,7 +179,7 @@ def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What `save_stats` says of the file; nothing for what is no such file."""
     try:
         about = json.loads(metadata.get(_SCHEMA, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     modules = about.get("modules") if isinstance(about, dict) else None
     good = isinstance(modules, dict) and all(type(n) is int for n in modules.values())

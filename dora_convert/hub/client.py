@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dora_convert.hub.refs import Ref
 
-__all__ = ["endpoint", "is_offline", "open_api", "patiently", "sentences", "tree"]
+__all__ = ["endpoint", "is_offline", "open_api", "patiently", "pauses", "sentences", "tree"]
 
 T = TypeVar("T")
 
@@ -68,12 +68,17 @@ def sentences(api: HfApi, ref: Ref) -> Iterator[None]:
         raise known from None
 
 
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each new try, for as many as there are to be."""
+    return iter(_PAUSES)
+
+
 def patiently(call: Callable[[], T]) -> T:
     """Call once more, twice at most, where the Hub is out of order.
 
     The client asks again by itself, but not for a file's contents.
     """
-    for pause in _PAUSES:
+    for pause in pauses():
         try:
             return call()
         except Exception as error:

@@ -11,7 +11,7 @@ from dora_convert.errors import DoraConvertError, HubError, InputError, OutputEr
 if TYPE_CHECKING:
     from dora_convert.hub.refs import Ref
 
-__all__ = ["is_passing", "translated"]
+__all__ = ["is_broken_line", "is_passing", "translated"]
 
 _LOGIN = "Log in with hf auth login, or set HF_TOKEN."
 
@@ -19,6 +19,16 @@ _LOGIN = "Log in with hf auth login, or set HF_TOKEN."
 def is_passing(error: Exception) -> bool:
     """Whether the same request may go well a moment later, for the fault was the Hub's."""
     return _status(error) >= 500
+
+
+def is_broken_line(error: Exception) -> bool:
+    """Whether the line, not the Hub, is at fault.
+
+    By name, since the client's HTTP library has changed before; it is no OSError.
+    """
+    names = {"TransportError", "RevisionResolutionError", "LocalEntryNotFoundError"}
+    kinds = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
+    return bool(kinds & (names | {"ConnectionError", "TimeoutError", "XetDownloadError"}))
 
 
 def translated(
@@ -90,7 +100,7 @@ def _by_line(error: Exception, ref: Ref, where: str) -> DoraConvertError | None:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             hint = "Make room there, or set HF_HOME to a larger disk."
             return OutputError(f"no space left for {ref} in the Hub's cache", hint=hint)
-    if _is_transport(error):
+    if is_broken_line(error):
         hint = "Check the connection; HF_HUB_OFFLINE=1 takes what was downloaded before."
         return HubError("the Hub cannot be reached, or broke off", where=where, hint=hint)
     if isinstance(error, OSError) and error.errno is None:
@@ -135,10 +145,3 @@ def _status(error: Exception) -> int:
 
 def _is_offline(error: Exception) -> bool:
     return any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _chain(error))
-
-
-def _is_transport(error: Exception) -> bool:
-    """By name, since the client's HTTP library has changed before; it is no OSError."""
-    names = {"TransportError", "RevisionResolutionError", "LocalEntryNotFoundError"}
-    kinds = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
-    return bool(kinds & (names | {"ConnectionError", "TimeoutError", "XetDownloadError"}))

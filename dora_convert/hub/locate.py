@@ -4,61 +4,62 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from dora_convert.errors import HubError
 from dora_convert.hub.client import is_offline, open_api, patiently, sentences, tree
+from dora_convert.hub.partly import is_worth_it, snapshot_in_part
 from dora_convert.hub.refs import Ref, parse_ref
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["Choice", "local_path", "origin"]
+__all__ = ["Choice", "local_path"]
 
 Choice = Callable[[Sequence[str]], list[str]]
 
-_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})")
+_LOG = logging.getLogger(__name__)
 
 
-def local_path(path: Path, choose: Choice) -> Path:
+def local_path(path: Path, choose: Choice, *, in_part: bool = False) -> Path:
     """`path` itself if it exists, else the folder or file that it names on the Hub.
 
-    `choose` picks the needed ones of a folder's files. Raises HubError. A path that cannot be a ref
-    is returned as well: whoever reads it says what is wrong.
+    `choose` picks the needed ones of a folder's files. `in_part`: large ones that are not in the
+    cache are not fetched but read from afar, as far as they are read, and only by the functions of
+    `storage`. Raises HubError. A path that cannot be a ref is returned as well: whoever reads it
+    says what is wrong.
     """
     name = str(path)
     if "\0" in name or os.path.lexists(path):
         return path
     ref = parse_ref(name)
-    return path if ref is None else _fetched(ref, choose)
+    return path if ref is None else _fetched(ref, choose, in_part=in_part)
 
 
-def origin(place: Path) -> tuple[str, str] | None:
-    """Repository and commit of a folder in the Hub's cache."""
-    found = _SNAPSHOT.search(place.as_posix())
-    return (found[1].replace("--", "/"), found[2]) if found else None
-
-
-def _fetched(ref: Ref, choose: Choice) -> Path:
+def _fetched(ref: Ref, choose: Choice, *, in_part: bool) -> Path:
     api = open_api()
     with sentences(api, ref):
         revision = api.resolve_revision(ref.repo, revision=ref.revision)
+        _LOG.info("reading %s of the Hub, at commit %s", ref, revision.resolved)
         if is_offline():
             return _cached(ref, revision.resolved)
         entries = tree(api, ref.repo, revision.resolved)
         names = _chosen(ref, sorted(entries), choose)
         fresh = [name for name in names if not _is_cached(ref, name, revision.resolved)]
-        patterns = [glob.escape(name) for name in names]
+        parts = {n: entries[n] for n in fresh if in_part and is_worth_it(entries[n])}
+        fresh = [name for name in fresh if name not in parts]
+        patterns = [glob.escape(name) for name in names if name not in parts]
         folder = patiently(
             lambda: api.snapshot_download(ref.repo, revision=revision, allow_patterns=patterns)
         )
     for name in fresh:
         _check(Path(folder, name), entries[name], ref)
-    return Path(folder, ref.folder)
+    root = snapshot_in_part(api, ref, Path(folder), names, parts) if parts else Path(folder)
+    return root / ref.folder
 
 
 def _chosen(ref: Ref, names: Sequence[str], choose: Choice) -> list[str]:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dora_convert.errors import HubError, VerificationError
+from dora_convert.errors import HubError
 from dora_convert.hub.client import endpoint, open_api, sentences, tree
 from dora_convert.hub.refs import Ref
+from dora_convert.hub.upload import Content, Upload, is_same, size_of
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["Changes", "Content", "Destination", "Pushed", "Target", "compared", "look_at", "send"]
-
-Content = Path | bytes
+__all__ = [
+    "Changes",
+    "Destination",
+    "Pushed",
+    "Target",
+    "begin",
+    "check_card",
+    "compared",
+    "is_text",
+    "is_weights",
+    "look_at",
+    "page_of",
+    "require_writable",
+    "send",
+]
 
 # What a former output may have left, and a loader would take with, or instead of, the new one.
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|adapter_model|adapters|pytorch_lora_weights)[\w.-]*"
     r"\.(safetensors|bin)(\.index\.json)?"
 )
-_LARGE = 10_000_000
+_PULLS = 50  # of the newest
 _LICENSE = ("license", "license_name", "license_link")
 # They say something about a model and are no part of it.
 _TEXTS = frozenset({"README.md", "LICENSE", ".gitattributes"})
@@ -70,6 +83,11 @@ class Target:
     has_branch: bool
     entries: Mapping[str, RepoFile] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The files of weights that are there."""
+        return tuple(n for n in sorted(self.entries) if is_weights(n))
+
     def readme(self) -> Path | None:
         """The card that is there, fetched."""
         if "README.md" not in self.entries:
@@ -98,10 +116,10 @@ class Target:
 class Changes:
     """Files to send, those among them that take the place of others, and stale weights."""
 
-    sent: tuple[str, ...]
-    replaced: tuple[str, ...]
-    removed: tuple[str, ...]
-    unchanged: tuple[str, ...]
+    sent: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
 
 
 def look_at(repo: str, to: Destination) -> Target:
@@ -132,15 +150,36 @@ def look_at(repo: str, to: Destination) -> Target:
         return Target(api, ref, info.sha, has_branch, entries)
 
 
+def require_writable(target: Target, to: Destination) -> None:
+    """Raise HubError if the Hub says by now that it would refuse the push; changes nothing.
+
+    Everybody may open a pull request.
+    """
+    api, ref = target.api, target.ref
+    if to.create_pr:
+        return
+    with sentences(api, ref):
+        if target.parent is not None:
+            api.auth_check(ref.repo, write=True)
+            return
+        user = api.whoami()
+    owner = ref.repo.split("/")[0]
+    owners = {user.get("name"), *(org.get("name") for org in user.get("orgs", ()))}
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if owner not in owners or role == "read":
+        hint = f"It is that of {user.get('name')}; check its rights, and the name."
+        raise HubError(f"the token that is stored may not make {ref.repo}", hint=hint)
+
+
 def compared(target: Target, files: Mapping[str, Content]) -> Changes:
     """What has to change for the repository to hold these files, and no weights but theirs."""
     known = target.entries
-    same = {n for n, content in files.items() if n in known and _is_same(content, known[n])}
+    same = {n for n, content in files.items() if n in known and is_same(content, known[n])}
     sent = [name for name in sorted(files) if name not in same]
     return Changes(
         sent=tuple(sent),
-        replaced=tuple(name for name in sent if name in known and name not in _TEXTS),
-        removed=tuple(n for n in sorted(known) if n not in files and _WEIGHTS.fullmatch(n)),
+        replaced=tuple(name for name in sent if name in known and not is_text(name)),
+        removed=tuple(n for n in target.weights if n not in files),
         unchanged=tuple(sorted(same)),
     )
 
@@ -158,112 +197,85 @@ def send(
     Readers see the old files or all of the new ones. Raises HubError, also if the repository was
     changed since it was looked at, and VerificationError.
     """
-    commit, page = "", ""
+    sent, commit, page = changes.sent, "", ""
     if (changes.sent or changes.removed) and not dry_run:
         with sentences(target.api, target.ref):
-            commit, page = _sent(target, changes, files, to)
+            known = _open_pull(target, changes, files, to) if to.create_pr else None
+            if known is not None:
+                sent = ()
+            commit, page = known or _committed(target, changes, files, to)
     return Pushed(
         repo=target.ref.repo,
-        url=page or _page(target),
+        url=page or page_of(target),
         commit=commit,
-        sent=changes.sent,
+        sent=sent,
         removed=changes.removed,
-        unchanged=changes.unchanged,
-        nbytes=sum(_size(files[name]) for name in changes.sent),
+        unchanged=tuple(sorted({*files}.difference(sent))),
+        nbytes=sum(size_of(files[name]) for name in sent),
         dry_run=dry_run,
     )
 
 
-def _page(target: Target) -> str:
-    page, revision = f"{endpoint(target.api)}/{target.ref.repo}", target.ref.revision
-    return page if revision in (None, "main") else f"{page}/tree/{revision}"
-
-
-def _sent(
+def _committed(
     target: Target, changes: Changes, files: Mapping[str, Content], to: Destination
 ) -> tuple[str, str]:
-    """The commit, and the address of the pull request if there is one."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard  # noqa: PLC0415
+    check_card(files.get("README.md"))
+    upload = begin(target, to)
+    for name in changes.sent:
+        upload.add(name, files[name], at_once=is_weights(name))
+    return upload.commit(to.message, changes.removed)
 
+
+def _open_pull(
+    target: Target, changes: Changes, files: Mapping[str, Content], to: Destination
+) -> tuple[str, str] | None:
+    """Commit and address of a pull request that proposes just this.
+
+    It is there if the same push was made before, though nobody may have heard the answer.
+    """
     api, repo = target.api, target.ref.repo
-    parent = target.parent
-    card = files.get("README.md")
-    if isinstance(card, bytes):
-        # The commit asks too, but after the weights were sent.
-        ModelCard(card.decode()).validate()
+    pulls = api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open")
+    for pull in islice(pulls, _PULLS):
+        if pull.title != to.message:
+            continue
+        revision = f"refs/pr/{pull.num}"
+        held = tree(api, repo, revision)
+        same = all(name in held and is_same(files[name], held[name]) for name in changes.sent)
+        if same and not held.keys() & {*changes.removed}:
+            return str(api.model_info(repo, revision=revision).sha), pull.url
+    return None
+
+
+def begin(target: Target, to: Destination) -> Upload:
+    """Make repository and branch if need be; nothing else is changed before the commit."""
+    api, repo, parent = target.api, target.ref.repo, target.parent
     if parent is None:
         api.create_repo(repo, private=to.private)
         parent = str(api.model_info(repo).sha)
     if not target.has_branch:
         api.create_branch(repo, branch=str(to.revision), revision=parent)
-    place: dict[str, Any] = {"revision": to.revision, "create_pr": to.create_pr}
-    added = []
-    for name in changes.sent:
-        content = files[name]
-        operation = CommitOperationAdd(name, content)
-        if _size(content) > _LARGE or _WEIGHTS.fullmatch(name):
-            api.preupload_lfs_files(repo, [operation], **place)
-        added.append(operation)
-    removed = [CommitOperationDelete(name, is_folder=False) for name in changes.removed]
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [*added, *removed]
-    try:
-        info: CommitInfo = api.create_commit(
-            repo, operations, commit_message=to.message, parent_commit=parent, **place
-        )
-    except Exception:
-        # The answer may be what was lost, and not the commit. A pull request has no place yet.
-        now = None if to.create_pr else api.model_info(repo, revision=to.revision).sha
-        if now in (None, parent) or _differences(tree(api, repo, str(now)), added, files):
-            raise
-        return str(now), ""
-    wrong = _differences(tree(api, repo, info.oid), added, files)
-    if wrong:
-        raise VerificationError(
-            "the Hub holds other files than were sent", problems=wrong, hint="Push once more."
-        )
-    return info.oid, str(info.pr_url or "")
+    return Upload(api, repo, parent, {"revision": to.revision, "create_pr": to.create_pr})
 
 
-def _differences(
-    entries: Mapping[str, RepoFile],
-    added: list[CommitOperationAdd],
-    files: Mapping[str, Content],
-) -> list[str]:
-    """Where the Hub says that it holds something else than what was sent."""
-    wrong = []
-    for operation in added:
-        name = operation.path_in_repo
-        entry = entries.get(name)
-        if entry is None:
-            wrong.append(f"{name}: missing")
-        elif entry.lfs is not None and entry.lfs.sha256 != operation.upload_info.sha256.hex():
-            wrong.append(f"{name}: sha256 {entry.lfs.sha256}")
-        elif entry.lfs is None and not _is_same(files[name], entry):
-            wrong.append(f"{name}: differs")
-    return wrong
+def check_card(card: Content | None) -> None:
+    """Have the Hub look at a card's metadata: the commit does too, but after all was sent."""
+    from huggingface_hub import ModelCard  # noqa: PLC0415
+
+    if isinstance(card, bytes):
+        ModelCard(card.decode()).validate()
 
 
-def _is_same(content: Content, entry: RepoFile) -> bool:
-    size = _size(content)
-    if entry.size != size:
-        return False
-    if entry.lfs is not None:
-        return _digest(content, hashlib.sha256()) == entry.lfs.sha256
-    # As git names contents; no use as a protection, and none is made of it.
-    return _digest(content, hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)) == (
-        entry.blob_id
-    )
+def is_text(name: str) -> bool:
+    """Whether a file is about a model, and no part of it."""
+    return name in _TEXTS
 
 
-def _size(content: Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def is_weights(name: str) -> bool:
+    """Whether a loader would take a file of this name for weights, or an index of them."""
+    return _WEIGHTS.fullmatch(name) is not None
 
 
-def _digest(content: Content, digest: Any) -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return str(digest.hexdigest())
+def page_of(target: Target) -> str:
+    """Where people look at what was pushed."""
+    page, revision = f"{endpoint(target.api)}/{target.ref.repo}", target.ref.revision
+    return page if revision in (None, "main") else f"{page}/tree/{revision}"

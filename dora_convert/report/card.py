@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["CardFacts", "model_card"]
+__all__ = ["CardFacts", "figures_of", "has_section", "is_bare", "model_card"]
 
 _BEGIN, _END = "<!-- dora-convert: begin -->", "<!-- dora-convert: end -->"
 _NO_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null"})  # in YAML 1.1
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*\r?\n?", re.DOTALL | re.MULTILINE)
 _SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n?", re.DOTALL)
+_ROW = re.compile(r"^\| ([^|\n-][^|\n]*) \| ([^|\n]+) \|$", re.MULTILINE)
+_HERE = "."  # the repository, as long as it has no name: the folder that the card lies in
+_UNNAMED = "Model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,15 +24,40 @@ class CardFacts:
 
     `base_model` is its name on the Hub, never a folder; `license` what its card says of that, by
     the card's keys. `adapter` is the config of an adapter, PEFT's or another, and None for a
-    checkpoint; `scheme` is what a checkpoint's weights are quantised with.
+    checkpoint; `scheme` is what a checkpoint's weights are quantised with. `figures` are what the
+    run that made it found out, by name.
     """
 
-    repo: str
+    repo: str = _HERE
     base_model: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     adapter: Mapping[str, object] | None = None
     scheme: str | None = None
     architecture: str | None = None
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The repository's, without its owner."""
+        return _UNNAMED if self.repo == _HERE else self.repo.split("/")[-1]
+
+
+def figures_of(card: str) -> dict[str, str]:
+    """The table in a card's section of ours, by name."""
+    found = _SECTION.search(card)
+    return dict(_ROW.findall(found[0])) if found is not None else {}
+
+
+def has_section(card: str) -> bool:
+    """Whether this package has written in a card."""
+    return _SECTION.search(card) is not None
+
+
+def is_bare(card: str) -> bool:
+    """Whether nobody has written in a card but this package, before it knew the repository."""
+    found = _FRONT.match(card)
+    body = card[found.end() :] if found is not None else card
+    return f"# {_UNNAMED}" == _SECTION.sub("", body, count=1).strip()
 
 
 def model_card(facts: CardFacts, existing: str | None = None) -> str:
@@ -41,6 +69,8 @@ def model_card(facts: CardFacts, existing: str | None = None) -> str:
     found = _FRONT.match(existing)
     front = found[1] if found is not None else ""
     body = existing[found.end() :] if found is not None else existing
+    if is_bare(existing):
+        body = ""
     known = set(re.findall(r"^([A-Za-z_][\w-]*)[ \t]*:", front, re.MULTILINE))
     if "license" in known:  # the name and the link go with it
         known |= facts.license.keys()
@@ -53,7 +83,7 @@ def model_card(facts: CardFacts, existing: str | None = None) -> str:
     elif body.strip():
         body = f"{body.rstrip()}\n\n{section}"
     else:
-        body = f"\n# {facts.repo.split('/')[-1]}\n\n{section}"
+        body = f"\n# {facts.name}\n\n{section}"
     return f"---\n{front}---\n{body}"
 
 
@@ -97,25 +127,47 @@ def _relation(facts: CardFacts) -> str:
 def _section(facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     of = base if facts.base_model is not None else "its base model"
+    rows: dict[str, str] = {}
+    loading = ""
     if facts.adapter is None:
         stored = f", with weights stored as {facts.scheme}" if facts.scheme else ""
         text = f"A DoRA adapter merged into {of}{stored}: a checkpoint that loads as the base does."
-        return f"{text}\n\n{_loading(_merged_code(facts), f'vllm serve {facts.repo}')}"
-    if not _is_peft(facts.adapter):
-        return f"An adapter of {of}, in its trainer's own layout."
-    kind = "DoRA" if facts.adapter.get("use_dora") else "LoRA"
-    lines = [f"A {kind} adapter of {of}.", "", "| | |", "| --- | --- |"]
-    for name, key in (("rank", "r"), ("alpha", "lora_alpha"), ("task", "task_type")):
-        if isinstance(facts.adapter.get(key), int | float | str):
-            lines.append(f"| {name} | {facts.adapter[key]} |")
-    modules = facts.adapter.get("target_modules")
+        loading = _loading(_merged_code(facts), f"vllm serve {facts.repo}")
+    elif _is_peft(facts.adapter):
+        kind = "DoRA" if facts.adapter.get("use_dora") else "LoRA"
+        text = f"A {kind} adapter of {of}."
+        rows = _adapter_rows(facts.adapter)
+        command = ""
+        if kind == "LoRA" and facts.base_model is not None:
+            pair = f"{facts.name}={facts.repo}"
+            command = f"vllm serve {facts.base_model} --enable-lora --lora-modules {pair}"
+        loading = _loading(_adapter_code(facts), command)
+    else:
+        text = f"An adapter of {of}, in the layout of who is to load it."
+    # Its config says what it is; what is found out about it comes after.
+    rows |= {name: value for name, value in facts.figures.items() if name not in rows}
+    return "\n\n".join(part for part in (text, _table(rows), loading) if part)
+
+
+def _adapter_rows(adapter: Mapping[str, object]) -> dict[str, str]:
+    rows = {
+        name: str(adapter[key])
+        for name, key in (("rank", "r"), ("alpha", "lora_alpha"), ("task", "task_type"))
+        if isinstance(adapter.get(key), int | float | str)
+    }
+    modules = adapter.get("target_modules")
     if isinstance(modules, list) and len(modules) <= 16:
-        lines.append(f"| modules | {', '.join(sorted(map(str, modules)))} |")
-    command = ""
-    if kind == "LoRA" and facts.base_model is not None:
-        name = facts.repo.split("/")[-1]
-        command = f"vllm serve {facts.base_model} --enable-lora --lora-modules {name}={facts.repo}"
-    return "\n".join([*lines, "", _loading(_adapter_code(facts), command)])
+        rows["modules"] = ", ".join(sorted(map(str, modules)))
+    return rows
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines]) if lines else ""
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"[|\s]+", " ", text).strip() or "none"
 
 
 def _loading(code: str, command: str) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from dora_convert.errors import InputError
 from dora_convert.storage.oserrors import reading
+from dora_convert.storage.sparse import require
 
 __all__ = ["opened", "pread_exactly", "quoted"]
 
 _CHUNK = 1 << 30
+_HEAD = 64  # bytes by which impostors are told
 _LFS = b"version https://git-lfs"
 _HTML = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
@@ -30,10 +32,11 @@ def opened(file: Path) -> Iterator[tuple[int, int]]:
         if not stat.S_ISREG(kind):
             found = "a folder" if stat.S_ISDIR(kind) else "a device, pipe or socket"
             raise InputError(f"{file.name} is {found}, not a file", where=str(file))
+        require(file, 0, _HEAD)
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(fd).st_size
-            _refuse_impostors(file, size, os.pread(fd, 64, 0))
+            _refuse_impostors(file, size, os.pread(fd, _HEAD, 0))
             yield fd, size
         finally:
             os.close(fd)
@@ -42,6 +45,7 @@ def opened(file: Path) -> Iterator[tuple[int, int]]:
 def pread_exactly(fd: int, file: Path, *, length: int, offset: int) -> bytes:
     """`length` bytes from `offset` on; a file that ends before them is an error."""
     parts = []
+    require(file, offset, offset + length)
     while length:
         part = os.pread(fd, min(length, _CHUNK), offset)
         if not part:

@@ -26,6 +26,7 @@ from dora_convert.errors import InputError
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
 from dora_convert.storage.pickled import open_pickle
+from dora_convert.storage.sparse import require
 
 __all__ = ["DecodedBlocks", "Reader", "RowBlocks"]
 
@@ -182,6 +183,7 @@ def _turned(tensor: Tensor, view: tuple[Step, ...]) -> Tensor:
 
 def _pread_into(fd: int, file: Path, target: Tensor, offset: int) -> None:
     data = target.numpy().data
+    require(file, offset, offset + len(data))
     done = 0
     while done < len(data):
         count = os.preadv(fd, [data[done:]], offset + done)

@@ -38,6 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def read(made: Case, stack: str, **how: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = made.lora(stack, "peft", **how)
     assert sorted(file.name for file in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -17,7 +17,7 @@ from tests.cli.conftest import box, run
 from tests.cli.sandbox import Sandbox
 from tests.hub.server import LoopbackHub
 
-__all__ = ["CANARY", "READER", "box", "contents", "hub", "run", "token"]
+__all__ = ["CANARY", "READER", "box", "contents", "hub", "results", "run", "token"]
 
 CANARY, READER = "hf_canaryWRITE", "hf_canaryREAD"
 
@@ -55,6 +55,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """All files of an output but its card, which says where adapter and base are from."""
+    return {name: data for name, data in contents(folder).items() if name != "README.md"}
 
 
 def stocked(server: LoopbackHub, box: Sandbox) -> None:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -86,7 +87,9 @@ class Fault:
 
     `status` is answered; without one the line is cut, after the work was done if `late`. `flip`
     changes a byte of the answer, `cut` ends it early though its length was announced, and `stall`
-    keeps the request waiting until the Hub's `released` is set, and then cuts the line.
+    keeps the request waiting until the Hub's `released` is set, and then cuts the line. `whole`
+    answers as if no range had been asked for, `other` with the bytes beside it, `old` with another
+    ETag, each of them as a proxy might.
     """
 
     match: str
@@ -96,10 +99,22 @@ class Fault:
     flip: bool = False
     cut: bool = False
     stall: bool = False
+    whole: bool = False
+    other: bool = False
+    old: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the request is heard, and the fault is in the answer."""
+        return self.late or self.flip or self.cut or self.whole or self.other or self.old
 
 
 class LoopbackHub:
-    """Start it with `with`; `url` is the endpoint. `log` holds the lines of all requests."""
+    """Start it with `with`; `url` is the endpoint. `log` holds the lines of all requests.
+
+    `moved` are the bytes that were sent for them, and `strangers` the lines of those to the host of
+    the contents that came with a token.
+    """
 
     def __init__(self) -> None:
         self.xet_store: Path | None = None  # where hf_xet puts files, if it may
@@ -108,10 +123,12 @@ class LoopbackHub:
         self.tokens = {"hf_canaryWRITE": ("alice", True), "hf_canaryREAD": ("alice", False)}
         self.faults: list[Fault] = []
         self.log: list[str] = []
+        self.moved: list[tuple[str, int]] = []
+        self.strangers: list[str] = []
         self.lock = threading.RLock()
         self.released = threading.Event()
         handler = type("BoundHandler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -131,6 +148,17 @@ class LoopbackHub:
 
     def requests(self, pattern: str) -> list[str]:
         return [line for line in self.log if re.search(pattern, line)]
+
+    def nbytes(self, pattern: str) -> int:
+        """Bytes that were sent in answer to these requests."""
+        return sum(count for line, count in self.moved if re.search(pattern, line))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _AnsweredError(Exception):
@@ -164,9 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.fault is not None and self.fault.status:
                 self.send(self.fault.status, {"error": f"injected, for {self.headers!s}"})
-            elif self.fault is not None and not (
-                self.fault.late or self.fault.flip or self.fault.cut
-            ):
+            elif self.fault is not None and not self.fault.is_answered:
                 self._hang_up()
             else:
                 with self.hub.lock:
@@ -210,7 +236,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(raw[: len(raw) // 2] if fault is not None and fault.cut else raw)
+            sent = raw[: len(raw) // 2] if fault is not None and fault.cut else raw
+            with self.hub.lock:
+                self.hub.moved.append((f"{self.command} {self.path}", len(sent)))
+            self.wfile.write(sent)
             if fault is not None and fault.cut:
                 self._hang_up()
 
@@ -253,7 +282,9 @@ class _Handler(BaseHTTPRequestHandler):
         match parts:
             case ["api", "whoami-v2"]:
                 user = self.user()
-                self.send(200, {"type": "user", "name": user[0] if user else "", "orgs": []})
+                role = {"accessToken": {"role": "write" if user and user[1] else "read"}}
+                name = user[0] if user else ""
+                self.send(200, {"type": "user", "name": name, "orgs": [], "auth": role})
             case ["api", "repos", "create"]:
                 self._create()
             case ["api", "validate-yaml"]:
@@ -266,7 +297,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.objects[oid] = self.body
                 self.send(200 if sha256(self.body) == oid else 400)
             case ["cdn", oid]:
-                self._serve(self.hub.objects[oid])
+                if "Authorization" in self.headers:
+                    self.hub.strangers.append(f"{self.command} {self.path}")
+                self._serve(self.hub.objects[oid], ETag=f'"{oid}"')
             case [owner, name, "resolve", revision, *path]:
                 self._download(f"{owner}/{name}", revision, "/".join(path))
             case _:
@@ -288,11 +321,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"url": f"{self.hub.url}/{name}", "name": name, "id": "x"})
 
     def _model(self, name: str, rest: list[str]) -> None:
-        write = bool(rest) and rest[0] in ("preupload", "commit", "branch", "xet-write-token")
+        writing = ("preupload", "commit", "branch", "xet-write-token")
+        write = bool(rest) and (rest[0] in writing or rest == ["auth-check", "write"])
         repo = self.repo(name, write=write)
         match rest:
             case []:
                 self._info(repo, "main")
+            case ["discussions"]:
+                self._discussions(repo)
+            case ["auth-check", *_]:
+                self.send(200)
             case ["revision", revision]:
                 self._info(repo, revision)
             case ["tree", revision, *_]:
@@ -310,6 +348,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._commit(repo, revision)
             case _:
                 self.refuse(404, f"no route for {self.path}")
+
+    def _discussions(self, repo: Repo) -> None:
+        found = [
+            {
+                "title": repo.titles[repo.refs[ref]],
+                "num": int(ref.split("/")[-1]),
+                "author": {"name": "alice"},
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "status": "open",
+                "repo": {"name": repo.name, "type": "model"},
+                "isPullRequest": True,
+            }
+            for ref in reversed(repo.pulls)
+        ]
+        self.send(200, {"discussions": found, "count": len(found), "start": 0})
 
     def _info(self, repo: Repo, revision: str) -> None:
         oid = self.commit_of(repo, revision)
@@ -420,11 +473,14 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _serve(self, data: bytes, **headers: str) -> None:
+        fault = self.fault or Fault("")
+        if fault.old:
+            headers = {**headers, "ETag": '"another"'}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted is None:
+        if wanted is None or fault.whole:
             self.send(200, data, **headers)
             return
-        start = int(wanted[1])
-        end = min(int(wanted[2] or len(data)), len(data) - 1)
+        start = int(wanted[1]) + fault.other
+        end = min(int(wanted[2] or len(data)) + fault.other, len(data) - 1)
         span = f"bytes {start}-{end}/{len(data)}"
         self.send(206, data[start : end + 1], Content_Range=span, **headers)

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, READER, contents, stocked
+from tests.hub.conftest import CANARY, READER, contents, results, stocked
 from tests.hub.server import Fault, LoopbackHub
 
 Login = Callable[[str], None]
@@ -21,7 +21,8 @@ def failed(result: Result, *words: str, code: int = 6) -> None:
     """One message, with these words and without the token."""
     assert result.code == code, result
     assert result.out == ""
-    assert result.err.startswith("Error: ")
+    lines = [line for line in result.err.splitlines() if not line.startswith("Note: reading ")]
+    assert lines[0].startswith("Error: ")
     for word in words:
         assert word in result.err, (word, result.err)
     for secret in (CANARY, READER, "Bearer", "Traceback", "injected"):
@@ -38,7 +39,7 @@ def merged(box: Sandbox, adapter: object, *options: object) -> Result:
 def expected(box: Sandbox) -> dict[str, bytes]:
     """The merge of the folders."""
     merged(box, box.adapter, "--base", box.base)
-    found = contents(box.out)
+    found = results(box.out)
     shutil.rmtree(box.out)
     return found
 
@@ -49,9 +50,16 @@ def test_merge_from_the_hub(
 ) -> None:
     stocked(hub, box)
     result = merged(box, "me/dora", *options)
-    assert contents(box.out) == expected
+    assert results(box.out) == expected
     commit = hub.repos["someone/some-model"].refs["main"]
-    assert f"the base is someone/some-model of the Hub, at commit {commit}" in result.err
+    ref = options[-1] if options else "someone/some-model"
+    assert f"Note: reading {ref} of the Hub, at commit {commit}\n" in result.err
+    # Before the work, which may end otherwise.
+    assert result.err.index("Note: reading") < result.err.index("merged ")
+    report = box.run(
+        "merge", "me/dora", *options, "-o", box.out, "--dry-run", "--overwrite", "--json"
+    )
+    assert report.json["base"] == f"someone/some-model@{commit}"
 
 
 def test_the_other_commands(hub: LoopbackHub, box: Sandbox) -> None:
@@ -60,7 +68,7 @@ def test_the_other_commands(hub: LoopbackHub, box: Sandbox) -> None:
     rank = ("--rank", "4", "-o")
     assert box.run("to-lora", "me/dora", *rank, remote).code == 0
     assert box.run("to-lora", box.adapter, "-b", box.base, *rank, local).code == 0
-    assert contents(remote) == contents(local)
+    assert results(remote) == results(local)
     merged(box, "me/dora")
     assert box.run("verify", box.out, "--adapter", "me/dora", "--all").code == 0
     assert box.run("inspect", "me/dora", "--base", "someone/some-model").code == 0
@@ -78,7 +86,7 @@ def test_an_existing_path_wins(
     shutil.copytree(box.adapter, box.root / "me" / "dora")
     monkeypatch.chdir(box.root)
     merged(box, "me/dora", "--base", box.base)
-    assert contents(box.out) == expected
+    assert results(box.out) == expected
     assert not hub.log
 
 

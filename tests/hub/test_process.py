@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
+import pytest
+
+from dora_convert.cli import cli
 from tests.cli.sandbox import Sandbox
+from tests.cli.test_weighting import texts
 from tests.hub.conftest import CANARY, READER, contents
-from tests.hub.server import LoopbackHub
+from tests.hub.server import Fault, LoopbackHub
+
+__all__ = ["texts"]
 
 WATCHED = """
 import sys
@@ -26,27 +35,66 @@ main()
 """
 
 
-def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, code: str = WATCHED, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """The program, in an environment that names no Hub but that of `variables`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    command = [sys.executable, "-c", WATCHED, *map(str, arguments)]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
         command, env=kept | variables, capture_output=True, text=True, check=False, timeout=120
     )
 
 
+def local_work(box: Sandbox) -> Iterator[list[object]]:
+    """Every command on folders, but for `push` and for what transformers runs."""
+    base = ("--base", box.base)
+    rank = ("--rank", "4", "-o")
+    yield ["inspect", box.adapter, *base]
+    yield ["merge", box.adapter, *base, "-o", box.out, "--dry-run"]
+    yield ["merge", box.adapter, *base, "-o", box.out]
+    yield ["merge", box.adapter, *base, "-o", box.root / "coded", "--quantize", "fp8_dynamic"]
+    yield ["verify", box.out, "--adapter", box.adapter, *base]
+    yield ["to-lora", box.adapter, *base, *rank, box.root / "lora"]
+    yield ["to-lora", box.adapter, *base, *rank, box.root / "gguf", "--to", "gguf"]
+    yield ["convert", box.adapter, "--to", "peft", "-o", box.root / "peft"]
+    yield ["bench", box.adapter, *base, "--sample", "1kB", "--folder", box.root]
+    yield ["formats"]
+    yield ["completion", "bash"]
+
+
+def test_all_local_commands_are_here(box: Sandbox) -> None:
+    tried = {str(arguments[0]) for arguments in local_work(box)}
+    assert tried == set(cli.list_commands(click.Context(cli))) - {"push", "stats"}
+
+
 def test_local_work_knows_no_hub(box: Sandbox) -> None:
-    lora = box.root / "lora"
-    for arguments in (
-        ["inspect", box.adapter, "--base", box.base],
-        ["merge", box.adapter, "--base", box.base, "-o", box.out],
-        ["verify", box.out, "--adapter", box.adapter, "--base", box.base],
-        ["to-lora", box.adapter, "--base", box.base, "--rank", "4", "-o", lora],
-        ["convert", box.adapter, "--to", "peft", "-o", box.root / "peft"],
-    ):
+    for arguments in local_work(box):
         done = run(*arguments)
         assert done.returncode == 0, done.stderr
-        assert "SEEN" not in done.stderr
+        assert "SEEN" not in done.stderr, arguments
+
+
+def test_statistics_open_no_socket(box: Sandbox, texts: Path) -> None:
+    """Though transformers, which they are collected with, brings the Hub's client along."""
+    file = box.root / "stats.safetensors"
+    done = run("stats", box.base, "--text", texts, "-o", file)
+    assert done.returncode == 0, done.stderr
+    assert file.exists()
+    for event in ("connect", "getaddrinfo", "sendto"):
+        assert f"SEEN socket.{event}" not in done.stderr
+
+
+@pytest.mark.slow
+def test_local_work_without_a_network(box: Sandbox) -> None:
+    """In a namespace that has no interface, so that nothing could be sent by another library."""
+    alone = ["unshare", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("this system makes no network namespaces")
+    for arguments in local_work(box):
+        command = [*alone, sys.executable, "-m", "dora_convert", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_watch_sees(hub: LoopbackHub, box: Sandbox) -> None:
@@ -92,20 +140,59 @@ def test_the_token_is_nowhere(hub: LoopbackHub, box: Sandbox) -> None:
     """Not in what is printed nor in any file, whatever the Hub answers."""
     home = box.root / "home"
     hub.create("alice/dora", contents(box.adapter), private=True)
+    hub.create("alice/base", contents(box.base), private=True)
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": CANARY, "HF_DEBUG": "1"}
-    for arguments in (
-        ["inspect", "alice/dora", "--verbose"],
-        ["inspect", "alice/none", "--verbose"],
-        ["push", box.adapter, "alice/new", "--verbose"],
-        ["push", box.adapter, "someone/theirs", "--json"],
+    places["HF_HUB_DISABLE_XET"] = "1"
+    inputs = ("alice/dora", "--base", "alice/base", "--verbose")
+    sent = ("--push-to-hub", "alice/new", "--yes", "--overwrite", "-o", box.out)
+    streamed = ("--push-to-hub", "alice/streamed", "-o", box.root / "streamed")
+    hub.faults = [Fault("POST .*/other/commit/", times=99, status=500)]
+    for code, *arguments in (
+        (0, "inspect", *inputs),
+        (0, "inspect", "alice/dora", "--json"),
+        (6, "inspect", "alice/none", "--verbose"),
+        (0, "merge", *inputs, *sent),
+        (6, "merge", *inputs, "--push-to-hub", "alice/other", "-o", box.root / "other"),
+        (6, "merge", *inputs, "--push-to-hub", "someone/theirs", "-o", box.root / "none"),
+        (0, "merge", *inputs, "--low-disk", *streamed),
+        (0, "verify", box.out, "--adapter", "alice/dora", "--base", "alice/base", "--verbose"),
+        (0, "to-lora", *inputs, *sent, "--rank", "4"),
+        (0, "convert", *inputs, *sent, "--to", "peft"),
+        (0, "push", box.adapter, "alice/more", "--verbose"),
+        (6, "push", box.adapter, "someone/theirs", "--json"),
     ):
         done = run(*arguments, **places)
-        assert done.returncode in (0, 6), done.stderr
-        assert CANARY not in done.stdout + done.stderr
-    assert "alice/new" in hub.repos
+        assert done.returncode == code, (arguments, done.stderr)
+        assert CANARY not in done.stdout + done.stderr, arguments
+    assert hub.repos.keys() > {"alice/new", "alice/more", "alice/streamed"}
     everything = b"".join(contents(box.root).values())
-    pushed = b"".join(hub.repos["alice/new"].files().values())
+    pushed = b"".join(
+        data
+        for repo in hub.repos.values()
+        for tree in repo.commits.values()
+        for data in tree.values()
+    )
     assert CANARY.encode() not in everything + pushed
+    assert not hub.strangers  # nor was it sent to the host of the contents
+
+
+def test_ranges_keep_the_token_too(hub: LoopbackHub, box: Sandbox) -> None:
+    home = box.root / "home"
+    hub.create("alice/base", contents(box.base), private=True)
+    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": CANARY, "HF_DEBUG": "1"}
+    places["HF_HUB_DISABLE_XET"] = "1"
+    for faults in (
+        [],
+        [Fault("GET /cdn/", whole=True)],
+        [Fault("GET /cdn/", times=99, status=403)],
+    ):
+        hub.faults = faults
+        code = "from dora_convert.hub import partly\npartly._SMALL = 0\n" + WATCHED
+        done = run("inspect", box.adapter, "--base", "alice/base", "--verbose", code=code, **places)
+        assert done.returncode == (6 if faults else 0), done.stderr
+        assert CANARY not in done.stdout + done.stderr
+    assert not hub.strangers
+    assert CANARY.encode() not in b"".join(contents(box.root).values())
 
 
 def test_help_of_push_is_light() -> None:

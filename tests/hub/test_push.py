@@ -148,6 +148,25 @@ def test_pull_request(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result
     assert push("--create-pr", "--revision", "x").code == 2
 
 
+def test_one_pull_request_only(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result]) -> None:
+    """The answer to the first is lost; the second push finds what it made. Another is another."""
+    repo = hub.create("someone/theirs", {"config.json": b"{}"})
+    hub.faults = [Fault("POST .*/commit/", times=99, late=True)]
+    failed(push("--create-pr", repo="someone/theirs"), "cannot be reached, or broke off")
+    hub.faults = []
+    made = len(repo.pulls)
+    assert made == 1
+    result = push("--create-pr", repo="someone/theirs")
+    assert (result.code, result.out) == (0, f"{hub.url}/someone/theirs/discussions/1\n"), result.err
+    assert "sent 0 files" in result.err
+    assert repo.pulls == ["refs/pr/1"]
+    assert push("--create-pr", "--commit-message", "x", repo="someone/theirs").code == 0
+    (box.base / "more.txt").write_text("more")
+    assert push("--create-pr", repo="someone/theirs").code == 0
+    assert len(repo.pulls) == 3
+    assert "more.txt" in repo.files("refs/pr/3")
+
+
 def test_changed_by_somebody_else_meanwhile(
     hub: LoopbackHub, push: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:

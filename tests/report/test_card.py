@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from huggingface_hub import ModelCard
 
-from dora_convert.report.card import CardFacts, model_card
+from dora_convert.report.card import CardFacts, figures_of, has_section, is_bare, model_card
 
 LORA = {
     "peft_type": "LORA",
@@ -144,3 +146,44 @@ def test_the_part_of_ours_is_brought_up_to_date() -> None:
 def test_odd_values_stay_text(value: str) -> None:
     card = ModelCard(model_card(CardFacts(repo="me/x", base_model=value)))
     assert card.data.base_model == value
+
+
+FIGURES = {"base": "org/base@0123abc", "modules merged": "224", "lost by rounding": "0.31% of it"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_figures_are_read_back(name: str) -> None:
+    facts = replace(CASES[name][0], figures=FIGURES)
+    text = model_card(facts)
+    assert FIGURES.items() <= figures_of(text).items()
+    again = replace(facts, figures=figures_of(text))
+    assert model_card(again, text) == text
+
+
+def test_figures_cannot_break_the_table() -> None:
+    text = model_card(replace(MERGED, figures={"a|b": "x\n| c | d |", "empty": ""}))
+    assert figures_of(text) == {"a b": "x c d", "empty": "none"}
+    assert figures_of("| no | section |") == {}
+
+
+def test_a_card_that_waits_for_its_repository() -> None:
+    """Made before a push; then it is as if it had been made for the repository at once."""
+    local = model_card(CardFacts(figures=FIGURES, architecture="LlamaForCausalLM"))
+    assert is_bare(local)
+    assert 'from_pretrained(".")' in local
+    pushed = model_card(replace(MERGED, figures=figures_of(local)), local)
+    data = ModelCard(pushed).data.to_dict()
+    assert data == CASES["merged"][1]
+    assert "# merged\n" in pushed
+    assert 'from_pretrained("me/merged")' in pushed
+    assert figures_of(pushed) == FIGURES
+
+
+def test_whose_words_they_are() -> None:
+    local = model_card(CardFacts())
+    assert not is_bare(local + "\nMore.\n")
+    assert not is_bare(model_card(MERGED))
+    assert not is_bare(OWN)
+    assert has_section(local)
+    assert has_section(model_card(MERGED, OWN))
+    assert not has_section(OWN)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_convert.cli.console import note, printable, show_json, size
+from dora_convert.cli.console import note, printable, show_json, show_path, size
 from dora_convert.cli.params import (
     PATH,
     dtype_option,
@@ -16,6 +16,7 @@ from dora_convert.cli.params import (
     read_options,
     reading_options,
 )
+from dora_convert.cli.publishing import Sending, push_options, show_pushed
 
 if TYPE_CHECKING:
     from dora_convert.core.tensors import DType
@@ -48,6 +49,7 @@ __all__ = ["COMMAND"]
 )
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace the output folder if it exists.")
+@push_options
 @json_option
 @read_options
 def _convert(
@@ -59,11 +61,13 @@ def _convert(
     *,
     overwrite: bool,
     as_json: bool,
+    sending: Sending,
     **reading: Any,
 ) -> None:
     """Write an adapter in another trainer's layout, without loss.
 
-    What the other layout cannot hold is refused, with the reason.
+    What the other layout cannot hold is refused, with the reason. OUTPUT appears complete, or not
+    at all; what was interrupted begins anew.
     """
     from dora_convert import api
 
@@ -74,8 +78,9 @@ def _convert(
         options=reading_options(**reading),
         how=api.ConvertOptions(format=target, dtype=dtype, overwrite=overwrite),
     )
+    pushed = sending(report.output)
     if as_json:
-        show_json("convert", report)
+        show_json("convert", report, pushed=pushed)
         return
     for text in report.notes:
         note(f"Note: {printable(text)}")
@@ -83,7 +88,8 @@ def _convert(
         f"{report.modules} modules from {report.source} to {report.format}: "
         f"{report.tensors} tensors, {size(report.nbytes)}"
     )
-    click.echo(report.output)
+    show_path(report.output)
+    show_pushed(pushed)
 
 
 COMMAND = _convert

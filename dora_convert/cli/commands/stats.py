@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dora_convert.cli.console import note, show_json, size
+from dora_convert.cli.console import note, show_json, show_path, size
 from dora_convert.cli.params import PATH, examples, json_option
 
 __all__ = ["COMMAND"]
@@ -60,7 +60,7 @@ def _stats(
         f"{report.modules} modules over {report.tokens} tokens of {report.texts} texts, "
         f"{size(report.nbytes)}, in {report.seconds:.1f} s"
     )
-    click.echo(report.output)
+    show_path(report.output)
 
 
 COMMAND = _stats

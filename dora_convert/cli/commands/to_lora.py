@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dora_convert.cli.console import note, printable, progress, show_json, size
+from dora_convert.cli.console import note, printable, progress, show_json, show_path, size
 from dora_convert.cli.params import (
+    DTYPE,
     PATH,
+    as_dtype,
     base_option,
     examples,
     json_option,
@@ -19,6 +21,7 @@ from dora_convert.cli.params import (
     reading_options,
     workers_option,
 )
+from dora_convert.cli.publishing import Sending, push_options, show_pushed
 from dora_convert.core.lora import DEFAULT_RANK, RankChoice
 from dora_convert.core.tensors import DType
 from dora_convert.planning.stacks import STACKS, WITHOUT_LORA
@@ -34,7 +37,6 @@ else:
 
 __all__ = ["COMMAND"]
 
-_DTYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "float16": DType.F16}
 _SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
 
 
@@ -132,10 +134,12 @@ class _Form(_Text):
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(_DTYPES)),
+    type=DTYPE,
+    callback=as_dtype,
+    metavar="TYPE",
     default="float32",
     show_default=True,
-    help="Type of the factors.",
+    help="Write the factors as bfloat16, float16 or float32 (bf16, fp16, fp32).",
 )
 @click.option(
     "--seed",
@@ -148,6 +152,7 @@ class _Form(_Text):
 @workers_option
 @click.option("--per-module", is_flag=True, help="List every module.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@push_options
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress and no summary.")
 @json_option
 @read_options
@@ -166,7 +171,7 @@ def _to_lora(
     stats: Path | None,
     fit: Path | None,
     fail_above: float | None,
-    dtype: str,
+    dtype: DType,
     seed: int,
     workers: int | None,
     *,
@@ -176,13 +181,14 @@ def _to_lora(
     overwrite: bool,
     quiet: bool,
     as_json: bool,
+    sending: Sending,
     **reading: Any,
 ) -> None:
     """Approximate a DoRA by the best plain LoRA, for stacks that refuse DoRA.
 
     The effective update T = W' - W of each module has full rank in general: what the LoRA misses
     of it is computed exactly and reported. OUTPUT is a folder, by default a PEFT adapter with
-    lora_alpha = r.
+    lora_alpha = r. It appears complete, or not at all; what was interrupted begins anew.
     """
     given = [v for v in (rank, energy, max_residual, budget) if v is not None]
     if len(given) > 1:
@@ -203,7 +209,7 @@ def _to_lora(
         stack=stack,
         form=form,
         compact=compact,
-        dtype=_DTYPES[dtype],
+        dtype=dtype,
         exact=exact,
         seed=seed,
         limit=fail_above,
@@ -218,8 +224,9 @@ def _to_lora(
         report = api.to_lora(
             adapter, output, base=base, options=options, how=how, listener=listener
         )
+    pushed = sending(report.output)
     if as_json:
-        show_json("to-lora", report)
+        show_json("to-lora", report, pushed=pushed)
         return
     for text in report.notes:
         note(f"Note: {printable(text)}")
@@ -234,7 +241,8 @@ def _to_lora(
         return
     if not quiet:
         _summary(report)
-    click.echo(report.output)
+    show_path(report.output)
+    show_pushed(pushed)
 
 
 def _summary(report: LoraReport) -> None:
