@@ -180,7 +180,10 @@ def _serve() -> None:
         if pid == 0:
             code = 1
             try:
+                # Whatever this process was started with: nohup, or in the background.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
                 code = _child(order)
             finally:
                 os._exit(code)
