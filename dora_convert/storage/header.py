@@ -38,16 +38,18 @@ _MAX_ENTRY = 2000  # characters of one tensor's `{...}`; sixteen axes of 19 digi
 _KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.label: dtype for dtype in DType}
 _SPACE = re.compile(r"[ \t\n\r]*")
-# A JSON string; half a surrogate pair is no text. Possessive, so that a long one costs no stack.
-_STRING = re.compile(
-    r'"(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{4}'
-    r'|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})*+"'
+# So much of a JSON string at a time, or less: a longer one costs stack. Half a surrogate pair is no
+# text. Nothing follows, so that it never goes back; possessive, it would be wrong before 3.11.5.
+_PLAIN = r'[^"\\\x00-\x1f]*'
+_STRING_PART = re.compile(
+    rf'{_PLAIN}(?:(?:\\["\\/bfnrt]|\\u(?![dD][89a-fA-F])[0-9a-fA-F]{{4}}'
+    rf"|\\u[dD][89abAB][0-9a-fA-F]{{2}}\\u[dD][c-fC-F][0-9a-fA-F]{{2}}){_PLAIN}){{0,1000}}"
 )
 # A tensor and the comma after it, as all writers write them, and some a hundred thousand times.
 _NUMBER = r"(?:0|[1-9][0-9]{0,18})"
 _NUMBERS = rf"(?:{_NUMBER}(?:, ?{_NUMBER}){{0,{_MAX_RANK - 1}}})?"
 _USUAL = re.compile(
-    rf'"(?!__metadata__")(?P<name>[^"\\\x00-\x1f]{{1,{_MAX_NAME}}}+)": ?'
+    rf'"(?!__metadata__")(?P<name>[^"\\\x00-\x1f]{{1,{_MAX_NAME}}})": ?'
     rf'\{{"dtype": ?"(?P<dtype>\w{{1,12}})", ?"shape": ?\[(?P<shape>{_NUMBERS})\], ?'
     rf'"data_offsets": ?\[(?P<begin>{_NUMBER}), ?(?P<end>{_NUMBER})\]\}}, ?'
 )
@@ -240,11 +242,14 @@ def _key(text: str, at: int) -> tuple[str, int]:
 
 
 def _string_end(text: str, at: int) -> int:
-    _expect(text, at, '"')
-    match = _STRING.match(text, at)
-    if match is None:
-        raise _FaultError("has a broken header: it is not JSON")
-    return match.end()
+    """The place past the string at `at`, which is not made: it may be as long as the header."""
+    end = _expect(text, at, '"')
+    while not text.startswith('"', end):
+        part = _STRING_PART.match(text, end)
+        if part is None or part.end() == end:
+            raise _FaultError("has a broken header: it is not JSON")
+        end = part.end()
+    return end + 1
 
 
 def _skip(text: str, at: int) -> int:

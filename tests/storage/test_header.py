@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -301,3 +302,27 @@ def test_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) == 0
+
+
+def test_strings_end_where_json_says(tmp_path: Path) -> None:
+    """In every Python: the expressions of some took the one that is cut off here for whole."""
+    pieces = ['"', "\\", "u", "d", "8", "a", "é", "n", "\x01", "\\ud83d", "\\ude00", "\\u00e9"]
+    choose = random.Random(1)
+    names = ["".join(choose.choices(pieces, k=choose.randrange(1, 7))) for _ in range(3000)]
+    taken = 0
+    for name in ["b\\u00e9\\ud8", *names]:
+        entry = f'{{"{name}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}}}'
+        try:
+            expected = list(json.loads(entry))
+            "".join(expected).encode()
+        except ValueError:
+            expected = None
+        file = tmp_path / "x.safetensors"
+        file.write_bytes(len(entry.encode()).to_bytes(8, "little") + entry.encode())
+        try:
+            found = list(read_header(file))
+        except InputError:
+            found = None
+        assert found == expected, entry
+        taken += found is not None
+    assert 100 < taken < 2900
