@@ -32,7 +32,14 @@ from dora_convert.core.plan import (
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Slice, TensorRef, TensorSpec
 from dora_convert.execution.threads import in_threads
-from dora_convert.execution.witness import requantised, rows_of, source_rows, stored_rows, whole
+from dora_convert.execution.witness import (
+    requantised,
+    rows_of,
+    source_rows,
+    stored_rows,
+    whole,
+    whole_rows,
+)
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.header import read_header
 from dora_convert.storage.opening import opened, pread_exactly
@@ -302,7 +309,7 @@ def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor 
     """The paper's formula on some rows, in float64."""
     direction = base
     if module.delta is not None:
-        up, down = whole(module.delta.up)[list(rows)], whole(module.delta.down)
+        up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
         direction = base + module.scaling * (up @ down)
     if module.magnitude is None:
         return direction
@@ -354,7 +361,8 @@ def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
         direction = source_rows(base, [piece.start + i for i in block]).double()
         if piece.module.delta is not None:
             delta = piece.module.delta
-            up, down = whole(delta.up)[[piece.offset + i for i in block]], whole(delta.down)
+            up = whole_rows(delta.up, [piece.offset + i for i in block])
+            down = whole(delta.down)
             direction = direction + piece.module.scaling * (up @ down)
         norms.append(direction.square().sum(dim=1).sqrt())
     return torch.cat(norms)
@@ -365,7 +373,7 @@ def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
     for rows in _spans(base.spec.shape[0], base.spec.shape[1], None):
         direction = source_rows(base, rows).double()
         if module.delta is not None:
-            up, down = whole(module.delta.up)[rows], whole(module.delta.down)
+            up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
             direction = direction + module.scaling * (up @ down)
         total += direction.square().sum(dim=0)
     return total.sqrt()

@@ -22,7 +22,7 @@ from dora_convert.core.tensors import (
 )
 from dora_convert.storage.dtypes import TORCH
 
-__all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole"]
+__all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole", "whole_rows"]
 
 
 def rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
@@ -67,6 +67,11 @@ def source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
 def whole(ref: TensorRef) -> Tensor:
     """A small tensor in float64, its view applied."""
     return _viewed(ref).double()
+
+
+def whole_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
+    """Some rows of the same: of a factor of an embedding all of it is not small any more."""
+    return _viewed(ref)[list(rows)].double()
 
 
 def _viewed(ref: TensorRef) -> Tensor:
