@@ -169,3 +169,15 @@ def test_scaling_that_was_not_saved(run: Run, mine: tuple[Path, Path]) -> None:
     assert "--scale" in result.err
     report = run("inspect", folder, "--spec", spec, "--scale", 3, "--json").json
     assert all(group["scalings"] == [3.0] for group in report["groups"])
+
+
+def test_a_base_that_has_no_biases_is_no_hindrance(
+    box: Sandbox, run: Callable[..., Result]
+) -> None:
+    """That none is there to be scaled does not change what is written."""
+    alone, beside = box.root / "alone", box.root / "beside"
+    for out, base in ((alone, ()), (beside, ("-b", box.base))):
+        assert run("convert", box.adapter, "--to", "mlx", "-o", out, *base).code == 0
+    names = {path.name for path in alone.iterdir()} - {"README.md"}
+    assert names == {"adapters.safetensors", "adapter_config.json"}
+    assert all((alone / name).read_bytes() == (beside / name).read_bytes() for name in names)

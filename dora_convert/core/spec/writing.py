@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dora_convert.core.adapter import Adapter, DoraModule, LayerKind, MagnitudeAxis, RowOrder
+from dora_convert.core.adapter import (
+    Adapter,
+    BiasRule,
+    DoraModule,
+    LayerKind,
+    MagnitudeAxis,
+    RowOrder,
+)
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.capacity import Capacity, losses
 from dora_convert.core.fields import Fields
@@ -266,7 +273,9 @@ def _misread(spec: Spec, adapter: Adapter, bundle: Bundle) -> list[str]:
 def _is_same(one: DoraModule, other: DoraModule) -> bool:
     # Not every scaling is some alpha over the rank to the last bit.
     scalings = math.isclose(one.scaling, other.scaling, rel_tol=4e-16)
-    return scalings and _identity(one) == _identity(other)
+    rules = {one.bias_rule, other.bias_rule}
+    biases = len(rules) == 1 or BiasRule.NONE in rules
+    return scalings and biases and _identity(one) == _identity(other)
 
 
 def _identity(module: DoraModule) -> object:
@@ -277,7 +286,6 @@ def _identity(module: DoraModule) -> object:
         None if module.weight is None else _content(module.weight),
         module.kind,
         module.magnitude_is if module.magnitude is not None else None,
-        module.bias_rule,
         module.up_order,
         module.magnitude_order,
     )
