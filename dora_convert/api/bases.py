@@ -8,7 +8,7 @@ from pathlib import Path
 from dora_convert.api.reading import ReadOptions
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.plan import Merge, Plan
-from dora_convert.core.tensors import Encoded, Slice, TensorRef
+from dora_convert.core.tensors import Slice, TensorRef
 from dora_convert.hub.locate import local_path
 from dora_convert.planning.families import quantization, transposed_modules
 from dora_convert.storage.checkpoint import open_checkpoint
@@ -70,12 +70,7 @@ def fetch_rows(wanted: Iterable[tuple[TensorRef, int, int]]) -> None:
 
 def _spans(ref: TensorRef, start: int = 0, stop: int | None = None) -> list[tuple[Path, int, int]]:
     """Where these rows lie: file, begin, end. All of a tensor whose rows lie apart, or decoded."""
-    source = ref.source
-    if isinstance(source, Encoded):
-        return [span for part in source.parts.values() for span in _spans(part)]
-    if not isinstance(source, Slice):
-        return []
-    if stop is None or not ref.is_contiguous:
-        return [(source.file, source.start, source.start + ref.stored.nbytes)]
-    row = ref.spec.row_bytes
-    return [(source.file, source.start + start * row, source.start + stop * row)]
+    if stop is None or not isinstance(ref.source, Slice) or not ref.is_contiguous:
+        return [part.span for part in ref.slices]
+    first, row = ref.source.start, ref.spec.row_bytes
+    return [(ref.source.file, first + start * row, first + stop * row)]

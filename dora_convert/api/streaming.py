@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_convert.api.cards import merge_figures, write_card
 from dora_convert.api.recomputing import verified
-from dora_convert.core.plan import CarriedFile, Plan, ScaleBias, Shard
+from dora_convert.core.plan import CarriedFile, Plan, Shard
 from dora_convert.core.reports import Verification
-from dora_convert.core.tensors import Slice, TensorRef
 from dora_convert.storage.sidefiles import documents_size, write_documents
 from dora_convert.storage.sparse import complete, forget
 from dora_convert.storage.staging import Staging
@@ -111,12 +110,7 @@ def _write(part: Plan, folder: Path, how: Streaming, progress: _Progress) -> Non
 
 def _sources(shard: Shard) -> set[Path]:
     """The files that its tensors are made of."""
-    refs: Iterable[TensorRef] = (
-        ref
-        for job in shard.jobs
-        for ref in (*job.slices, *((job.op.base,) if isinstance(job.op, ScaleBias) else ()))
-    )
-    return {ref.source.file for ref in refs if isinstance(ref.source, Slice)}
+    return {ref.span[0] for job in shard.jobs for ref in job.slices}
 
 
 def _pooled(checks: list[Verification]) -> Verification | None:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from dora_convert.core.adapter import DoraModule, TokenRows
 from dora_convert.core.quantized import QuantizedWeight
-from dora_convert.core.tensors import Encoded, Slice, TensorRef, TensorSpec
+from dora_convert.core.tensors import TensorRef, TensorSpec
 
 __all__ = [
     "CarriedFile",
@@ -119,13 +119,13 @@ class Job:
     @property
     def slices(self) -> tuple[TensorRef, ...]:
         """What it reads of the base's files, as it lies there; of pickles nothing."""
-        ref = self.op.source if isinstance(self.op, Copy | Cast | ScaleBias) else self.op.base
-        parts = ref.source.parts.values() if isinstance(ref.source, Encoded) else (ref,)
-        return tuple(
-            TensorRef(part.stored, part.source, part.stored)
-            for part in parts
-            if isinstance(part.source, Slice)
-        )
+        match self.op:
+            case Copy(source) | Cast(source):
+                return source.slices
+            case ScaleBias(source, base):
+                return (*source.slices, *base.slices)
+            case _:
+                return self.op.base.slices
 
     @property
     def nbytes(self) -> int:

@@ -183,6 +183,22 @@ class TensorRef:
         """Whether a block of rows is one range of the stored bytes."""
         return all(isinstance(step, Reshaped) for step in self.view)
 
+    @property
+    def slices(self) -> tuple[TensorRef, ...]:
+        """What it is made of, as it lies in files: itself, or its parts; of a pickle nothing."""
+        parts = self.source.parts.values() if isinstance(self.source, Encoded) else (self,)
+        return tuple(
+            TensorRef(part.stored, part.source, part.stored)
+            for part in parts
+            if isinstance(part.source, Slice)
+        )
+
+    @property
+    def span(self) -> tuple[Path, int, int]:
+        """Where the stored bytes of a slice lie: file, begin, end."""
+        assert isinstance(self.source, Slice), self
+        return self.source.file, self.source.start, self.source.start + self.stored.nbytes
+
     def transposed(self) -> TensorRef:
         """The matrix with its axes swapped."""
         assert len(self.spec.shape) == 2, self.spec

@@ -12,7 +12,6 @@ from torch import Tensor
 from dora_convert.core.plan import Merge, Plan, Quantise
 from dora_convert.core.protocols import Listener
 from dora_convert.core.reports import Survival
-from dora_convert.core.tensors import Slice, TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.findings import Findings
@@ -76,7 +75,7 @@ class _Run:
         self.listener.sealed(name)
         if is_larger_than_memory(self.plan.nbytes):
             read = (ref for job in self.plan.shards[index].jobs for ref in job.slices)
-            drop([(writer.file, 0, writer.nbytes), *(_span(ref) for ref in read)])
+            drop([(writer.file, 0, writer.nbytes), *(ref.span for ref in read)])
 
 
 def run(
@@ -119,11 +118,6 @@ def run(
         survival=this.findings.survival(),
         sha256=this.sha256,
     )
-
-
-def _span(ref: TensorRef) -> tuple[Path, int, int]:
-    assert isinstance(ref.source, Slice)
-    return ref.source.file, ref.source.start, ref.source.start + ref.stored.nbytes
 
 
 def _begin(this: _Run) -> None:
