@@ -80,8 +80,8 @@ def quantise_unit(
             before, own = None, {}
             if measured or op.scales:
                 # Read once more: where the block was, the merged one is now.
-                raw = out.buffers.landing("base", op.base.spec.row_bytes * (stop - start))
-                before = out.buffers.upload("base", base.read(start, stop, raw)).to(rows.dtype)
+                raw = out.buffers.take("base", op.base.spec.row_bytes * (stop - start))
+                before = base.read(start, stop, raw).to(rows.dtype)
                 own = _own_scales(op, start, stop, out)
             parts = _quantised(op, rows, before, own, statistic)
             windows = scheme.windows(weight, start, stop)
@@ -119,10 +119,7 @@ def _quantised(
 
 def _own_scales(op: Quantise, start: int, stop: int, out: Output) -> dict[str, Tensor]:
     """The base's, float32; a scheme that folds has one or more for each row."""
-    return {
-        role: out.reader.load_rows(ref, start, stop).float().to(out.buffers.device)
-        for role, ref in op.scales.items()
-    }
+    return {role: out.reader.load_rows(ref, start, stop).float() for role, ref in op.scales.items()}
 
 
 def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:
@@ -132,5 +129,5 @@ def _as_quantised(op: Quantise, rows: Tensor) -> Tensor:
 
 def _write(out: Output, part: TensorSpec, start: int, tensor: Tensor) -> None:
     assert tensor.dtype is TORCH[part.dtype], (part, tensor.dtype)
-    data = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+    data = tensor.contiguous().view(-1).view(torch.uint8)
     out.writer.write(part.name, start * part.row_bytes, data)
