@@ -307,10 +307,7 @@ def _compare_quantised(
 
 def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None) -> Tensor:
     """The paper's formula on some rows, in float64."""
-    direction = base
-    if module.delta is not None:
-        up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
-        direction = base + module.scaling * (up @ down)
+    direction = _direction(base, module, rows)
     if module.magnitude is None:
         return direction
     magnitude = whole(module.magnitude)
@@ -322,6 +319,14 @@ def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor 
     length = direction.square().sum(dim=1, keepdim=True).sqrt()
     scaled = magnitude[list(rows)].unsqueeze(1) * direction / length
     return torch.where(length > 0, scaled, torch.zeros_like(direction))
+
+
+def _direction(base: Tensor, module: DoraModule, rows: Sequence[int]) -> Tensor:
+    """V of a module's `rows`, of which `base` is W, in float64."""
+    if module.delta is None:
+        return base
+    up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
+    return base + module.scaling * (up @ down)
 
 
 def _needs_columns(piece: Piece) -> bool:
@@ -358,12 +363,8 @@ def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: 
 def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
     norms = []
     for block in _spans(piece.stop - piece.start, base.spec.shape[1], None):
-        direction = source_rows(base, [piece.start + i for i in block]).double()
-        if piece.module.delta is not None:
-            delta = piece.module.delta
-            up = whole_rows(delta.up, [piece.offset + i for i in block])
-            down = whole(delta.down)
-            direction = direction + piece.module.scaling * (up @ down)
+        weight = source_rows(base, [piece.start + i for i in block]).double()
+        direction = _direction(weight, piece.module, [piece.offset + i for i in block])
         norms.append(direction.square().sum(dim=1).sqrt())
     return torch.cat(norms)
 
@@ -371,10 +372,7 @@ def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
 def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
     total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
     for rows in _spans(base.spec.shape[0], base.spec.shape[1], None):
-        direction = source_rows(base, rows).double()
-        if module.delta is not None:
-            up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
-            direction = direction + module.scaling * (up @ down)
+        direction = _direction(source_rows(base, rows).double(), module, rows)
         total += direction.square().sum(dim=0)
     return total.sqrt()
 
