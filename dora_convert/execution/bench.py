@@ -21,7 +21,7 @@ from dora_convert.execution.run import run
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass, units
 
-__all__ = ["sampled", "stages"]
+__all__ = ["dropped", "sampled", "stages"]
 
 
 def sampled(plan: Plan, nbytes: int) -> Plan:
@@ -51,7 +51,7 @@ def stages(
     copy = _copies(plan)
     found = [Stage("read", _read(copy, workers), copy.nbytes)]
     found.append(Stage("read again", _read(copy, workers), copy.nbytes))
-    merged = _dropped(plan, workers, lanes)
+    merged = _merged(plan, workers, lanes)
     if merged is not None:
         found.append(Stage("read and merge", *merged))
     for name, part, make in (("copy", copy, Buffers), ("merge", plan, lanes)):
@@ -121,11 +121,17 @@ class _Nowhere:
         """See `ShardWriter`."""
 
 
-def _dropped(plan: Plan, workers: int, lanes: Callable[[], Buffers]) -> tuple[float, int] | None:
+def _merged(plan: Plan, workers: int, lanes: Callable[[], Buffers]) -> tuple[float, int] | None:
     """Seconds and bytes of merging without writing; None where nothing is merged densely."""
     work = [unit for unit in units(plan) if isinstance(unit.job.op, Merge)]
     if not work:
         return None
+    dropped(work[:workers], workers, lanes)  # loads what a device needs
+    return dropped(work, workers, lanes), sum(unit.nbytes for unit in work)
+
+
+def dropped(work: Sequence[Unit], workers: int, lanes: Callable[[], Buffers]) -> float:
+    """Seconds for units that are read, merged and forgotten."""
     reader, buffers = open_reader(), PerThread(lanes)
     # Of norms over the rows this is the second pass alone; what it multiplies with is no matter.
     factors = {
@@ -137,7 +143,6 @@ def _dropped(plan: Plan, workers: int, lanes: Callable[[], Buffers]) -> tuple[fl
     def merge(unit: Unit) -> None:
         buffers.use(lambda own: run_unit(unit, Output(reader, own, factors, _Nowhere())))
 
-    in_threads(work[:workers], merge, workers)  # loads what a device needs
     begun = time.perf_counter()
     in_threads(work, merge, workers)
-    return time.perf_counter() - begun, sum(unit.nbytes for unit in work)
+    return time.perf_counter() - begun

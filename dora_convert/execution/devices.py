@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,18 +12,10 @@ from torch import Tensor
 
 from dora_convert.core.plan import Merge, Plan, Quantise
 from dora_convert.errors import InputError
-from dora_convert.execution.decoding import open_reader
-from dora_convert.execution.kernels import Input, merged_rows, work_dtype
-from dora_convert.execution.lanes import (
-    BLOCK_BYTES,
-    Buffers,
-    DeviceBuffers,
-    PerThread,
-    Transport,
-)
-from dora_convert.execution.threads import in_threads
-from dora_convert.execution.units import Unit, is_two_pass, units
-from dora_convert.storage.dtypes import TORCH
+from dora_convert.execution.bench import dropped
+from dora_convert.execution.kernels import work_dtype
+from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers, Transport
+from dora_convert.execution.units import Unit, units
 
 __all__ = ["CudaTransport", "DirectTransport", "lanes", "named", "pays"]
 
@@ -183,7 +174,7 @@ def _measured(plan: Plan, workers: int) -> Sequence[torch.device]:
     found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if not found and _has_mps() and not _needs_double(plan):
         found = [torch.device("mps")]
-    able = (u for u in units(plan) if isinstance(u.job.op, Merge) and not is_two_pass(u.job))
+    able = (unit for unit in units(plan) if isinstance(unit.job.op, Merge))
     sample = list(itertools.islice(able, 2 * workers))
     if not found or not sample:
         return _HOST
@@ -197,19 +188,5 @@ def _measured(plan: Plan, workers: int) -> Sequence[torch.device]:
 
 def _rate(sample: Sequence[Unit], devices: Sequence[torch.device], workers: int) -> float:
     """Bytes a second at which units are read, merged and dropped."""
-    reader = open_reader()
-    buffers = PerThread(lanes(devices, workers=workers, max_memory=None))
-
-    def merged(unit: Unit, own: Buffers) -> None:
-        op = unit.job.op
-        assert isinstance(op, Merge)
-        for _, _, block, _ in merged_rows(unit, op.base, op.pieces, Input(reader, own, {})):
-            own.send(block, TORCH[unit.job.output.dtype], lambda _: None)
-        own.finish()
-
-    def work(unit: Unit) -> None:
-        buffers.use(lambda own: merged(unit, own))
-
-    begun = time.perf_counter()
-    in_threads(sample, work, workers)
-    return sum(unit.nbytes for unit in sample) / (time.perf_counter() - begun)
+    make = lanes(devices, workers=workers, max_memory=None)
+    return sum(unit.nbytes for unit in sample) / dropped(sample, workers, make)
