@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from dora_convert.errors import HubError
 from dora_convert.hub.client import is_offline, open_api, patiently, sentences, tree
 from dora_convert.hub.partly import is_worth_it, snapshot_in_part
 from dora_convert.hub.refs import Ref, parse_ref
+from dora_convert.storage.digest import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -99,9 +99,7 @@ def _check(file: Path, entry: RepoFile, ref: Ref) -> None:
     """Compare what has just come with the Hub's sha256; the client looks at the size alone."""
     if entry.lfs is None:
         return
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != entry.lfs.sha256:
+    if file_sha256(file) != entry.lfs.sha256:
         # Link and content, or the next run would take it for good.
         for place in (file.resolve(), file):
             place.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_convert.errors import OutputError
+from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.fingerprint import Fingerprint, Inputs, difference
 from dora_convert.storage.oserrors import writing
-from dora_convert.storage.sums import file_sha256
 
 __all__ = ["Journal", "Sealed", "is_unfinished"]
 

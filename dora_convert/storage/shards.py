@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_convert.core.tensors import TensorSpec
+from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.header import layout
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.publishing import sync
-from dora_convert.storage.sums import file_sha256
 
 __all__ = ["ShardWriter"]
 

@@ -7,7 +7,6 @@ table.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from bisect import bisect_left, bisect_right
@@ -19,6 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from dora_convert.errors import HubError, OutputError
+from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.oserrors import reading, writing
 
 __all__ = [
@@ -168,8 +168,8 @@ def complete(files: Collection[Path]) -> None:
     known = {file: _FILES[file] for file in files if file in _FILES}
     fill((file, 0, sparse.size) for file, sparse in known.items())
     for file, sparse in known.items():
-        with reading(file), file.open("rb", buffering=0) as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        with reading(file):
+            digest = file_sha256(file)
         if sparse.sha256 not in (None, digest):
             what = f"{file.name} was changed on its way here: its sha256 is another"
             raise HubError(what, hint="Run the command again.")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.folders import leaves
 from dora_convert.storage.opening import opened, pread_exactly
 from dora_convert.storage.oserrors import reading, writing
 
-__all__ = ["SUMS", "changed_files", "file_sha256", "has_sums", "sums_text", "write_sums"]
+__all__ = ["SUMS", "changed_files", "has_sums", "sums_text", "write_sums"]
 
 SUMS = "SHA256SUMS"
 
@@ -21,12 +21,6 @@ _LINE = re.compile(r"(\\?)([0-9a-f]{64})  (.+)")
 # GNU coreutils marks a line with a backslash where the name needs them.
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _PLAIN = {escaped: plain for plain, escaped in _ESCAPES.items()}
-
-
-def file_sha256(file: Path) -> str:
-    """The hash of a file's contents, in hexadecimal digits. Raises OSError."""
-    with file.open("rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sums_text(sums: Mapping[str, str]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dora_convert.errors import InputError
-from dora_convert.storage.sums import SUMS, changed_files, file_sha256, has_sums, write_sums
+from dora_convert.storage.digest import file_sha256
+from dora_convert.storage.sums import SUMS, changed_files, has_sums, write_sums
 
 NAMES = ["model.safetensors", "2_Dense/config.json", "a\\b", "new\nline", "caf\udce9", " x "]
 
