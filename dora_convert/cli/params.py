@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ __all__ = [
     "number",
     "read_options",
     "reading_options",
+    "stacked",
     "workers_option",
 ]
 
@@ -116,6 +117,13 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def stacked(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    """The command with these options, shown in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def device_options(command: F) -> F:
     """Where the arithmetic is done; the command takes `device` and `max_memory`."""
     options = [
@@ -133,9 +141,7 @@ def device_options(command: F) -> F:
             help="Take so much of the device's memory at most; by default half of what is free.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return stacked(command, options)
 
 
 def read_options(command: F) -> F:
@@ -201,9 +207,7 @@ def read_options(command: F) -> F:
         ),
         click.option("--verbose", is_flag=True, help="Show every problem, and where a bug is."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return stacked(command, options)
 
 
 def reading_options(axis: str | None, **others: Any) -> ReadOptions:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dora_convert.cli.console import note, printable, size
+from dora_convert.cli.params import stacked
 
 if TYPE_CHECKING:
     from dora_convert.api import Consent, PushOptions, Upload
@@ -75,9 +76,7 @@ _KEYS = ("private", "revision", "create_pr", "commit_message", "yes")
 
 def place_options(command: F) -> F:
     """Where a push goes."""
-    for option in reversed(_PLACE):
-        command = option(command)
-    return command
+    return stacked(command, _PLACE)
 
 
 def push_options(command: F) -> F:
