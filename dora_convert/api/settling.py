@@ -34,14 +34,16 @@ def settled(
     from dora_convert.execution.settle import axis_moments, order_moments, samples
 
     reader, workers = open_reader(), worker_count(None)
-    if ahead:
-        named = subjects(adapter, checkpoint, transposed=transposed)
-        fetch_rows((part.base, part.start, part.stop) for s in named for part in s.weight)
-    if adapter.is_axis_open:
-        found = squares(subjects(adapter, checkpoint, transposed=transposed))
-        adapter = with_axis(adapter, axis_moments(found, reader, workers=workers))
-    adapter = with_bias_rule(adapter, checkpoint, BiasRule.KEEP)
     found = subjects(adapter, checkpoint, transposed=transposed)
+    if ahead:
+        fetch_rows((part.base, part.start, part.stop) for s in found for part in s.weight)
+    given = adapter
+    if adapter.is_axis_open:
+        moments = axis_moments(squares(found), reader, workers=workers)
+        adapter = with_axis(adapter, moments)
+    adapter = with_bias_rule(adapter, checkpoint, BiasRule.KEEP)
+    if adapter is not given:
+        found = subjects(adapter, checkpoint, transposed=transposed)
     by_row = [s for s in found if _is_norm_by_row(s)]
     seen = samples([s for s in by_row if _is_in_order(s)], reader, workers=workers)
     dim = head_rows(checkpoint.config)
