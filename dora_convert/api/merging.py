@@ -49,16 +49,17 @@ class MergeOptions:
     `dtype`: element type of all plain floats, by default each tensor's own. `max_shard_size`:
     bytes; by default the base's own shards. `workers`: threads, by default one a core. `device`:
     where dense weights are merged, as `execution.devices.named` has it; `max_memory`: bytes that
-    may be taken there.
-    `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them. `samples`: rows and
-    modules that are recomputed afterwards, None for all, 0 for none. `quantize`: the scheme of
-    `quant` to store weights in, but for the modules that match a glob of `keep_dense`;
-    `min_survival`: the share of each module's update that it must keep. `residual`: a LoRA
-    of what it misses, written into the output's folder of that name. `scales`: "fold" keeps those
-    of a base in the same scheme, times the factor of each row, "fresh" makes them anew; by default
-    whichever leaves less noise. `restart`: give up what an
-    interrupted run of another merge into the same folder had finished. `low_disk`: fetch one shard
-    of a base on the Hub at a time, and drop it again.
+    may be taken there. `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them.
+    `samples`: rows and modules that are recomputed afterwards, None for all, 0 for none.
+    `overwrite`: replace the output; `restart`: give up what an interrupted run of another merge
+    into the same folder had finished. `low_disk`: fetch one shard of a base on the Hub at a time,
+    and drop it again.
+
+    `quantize`: the scheme of `quant` to store weights in, but for the modules that match a glob of
+    `keep_dense`. `min_survival`: the share of each module's update that it must keep. `residual`: a
+    LoRA of what it misses, written into the output's folder of that name. `scales`: "fold" keeps
+    those of a base in the same scheme, times the factor of each row, "fresh" makes them anew; by
+    default whichever leaves less noise.
     """
 
     dtype: DType | None = None
