@@ -31,6 +31,21 @@ def store(tmp_path: Path) -> Store:
     return save
 
 
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def operands(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
+    """An adapter of rank 4 for a weight of this shape, as `exact` and `module` take it."""
+    length = rows if axis is MagnitudeAxis.OUT else columns
+    return {
+        "up": random(rows, 4, seed=1),
+        "down": random(4, columns, seed=2),
+        "m": random(length, seed=3).abs() + 0.5,
+    }
+
+
 def module(
     refs: dict[str, TensorRef], axis: MagnitudeAxis = MagnitudeAxis.OUT, scaling: float = 0.5
 ) -> DoraModule:

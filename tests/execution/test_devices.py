@@ -26,7 +26,7 @@ from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers
 from dora_convert.execution.run import run
 from dora_convert.maths.dora import RowFaults, add_update, overflows, scale_by, scale_rows
 
-from .conftest import KINDS, Recorder, Store, exact, module, plan_of, written
+from .conftest import KINDS, Recorder, Store, exact, module, operands, plan_of, random, written
 
 CPU = torch.device("cpu")
 
@@ -92,19 +92,6 @@ class Scarce(DeviceBuffers):
         return block
 
 
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def adapter(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
-    length = rows if axis is MagnitudeAxis.OUT else columns
-    return {
-        "up": random(rows, 4, seed=1),
-        "down": random(4, columns, seed=2),
-        "m": random(length, seed=3).abs() + 0.5,
-    }
-
-
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "_UNIT_BYTES", 9000)
@@ -117,7 +104,7 @@ def subject(request: pytest.FixtureRequest, store: Store) -> tuple[Plan, dict[st
     kind: DType = request.param
     dtype = next(t for t, k in KINDS.items() if k is kind)
     weight, bias = random(90, 60, seed=5, dtype=dtype), random(90, seed=6, dtype=dtype)
-    out, into = (adapter(90, 60, axis) for axis in (MagnitudeAxis.OUT, MagnitudeAxis.IN))
+    out, into = (operands(90, 60, axis) for axis in (MagnitudeAxis.OUT, MagnitudeAxis.IN))
     base = store(w=weight, b=bias)
     by_row = (Piece(0, 90, module(store("out.safetensors", **out), MagnitudeAxis.OUT)),)
     by_column = (Piece(0, 90, module(store("in.safetensors", **into), MagnitudeAxis.IN)),)
@@ -188,7 +175,7 @@ def test_the_stand_in_notices_a_missing_wait(
             put(host)
             return slot
 
-    weight, parts = random(90, 60, seed=5), adapter(90, 60, MagnitudeAxis.OUT)
+    weight, parts = random(90, 60, seed=5), operands(90, 60, MagnitudeAxis.OUT)
     base = store(w=weight)
     pieces = (Piece(0, 90, module(store("a.safetensors", **parts))),)
     plan = plan_of({"w": (Merge(base["w"], pieces), DType.F32, (90, 60))})
@@ -209,7 +196,7 @@ def test_blocks_shrink_until_they_find_place(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Scarce, "room", 3 << 20)
-    weight, parts = random(4000, 1500, seed=5), adapter(4000, 1500, MagnitudeAxis.OUT)
+    weight, parts = random(4000, 1500, seed=5), operands(4000, 1500, MagnitudeAxis.OUT)
     base = store(w=weight)
     pieces = (Piece(0, 4000, module(store("a.safetensors", **parts))),)
     plan = plan_of({"w": (Merge(base["w"], pieces), DType.F32, (4000, 1500))})
@@ -226,14 +213,14 @@ def test_a_device_that_is_too_small_is_told(
 ) -> None:
     monkeypatch.setattr(Scarce, "room", 100)
     base = store(w=random(90, 60, seed=5))
-    pieces = (Piece(0, 90, module(store("a.safetensors", **adapter(90, 60, MagnitudeAxis.OUT)))),)
+    pieces = (Piece(0, 90, module(store("a.safetensors", **operands(90, 60, MagnitudeAxis.OUT)))),)
     plan = plan_of({"w": (Merge(base["w"], pieces), DType.F32, (90, 60))})
     with pytest.raises(OutputError, match="memory does not suffice"):
         executed(plan, tmp_path / "out", lambda: Scarce(Queue(), 4 << 20), workers=1)
 
 
 def test_undefined_rows_are_counted_on_a_device_too(tmp_path: Path, store: Store) -> None:
-    weight, parts = random(8, 6, seed=5), adapter(8, 6, MagnitudeAxis.OUT)
+    weight, parts = random(8, 6, seed=5), operands(8, 6, MagnitudeAxis.OUT)
     weight[2:4], parts["up"][2:4] = 0, 0
     weight[5, 0] = torch.nan
     base = store(w=weight)
@@ -291,7 +278,7 @@ def test_a_device_without_float64_takes_bfloat16_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    pieces = (Piece(0, 9, module(store("a.safetensors", **adapter(9, 6, MagnitudeAxis.OUT)))),)
+    pieces = (Piece(0, 9, module(store("a.safetensors", **operands(9, 6, MagnitudeAxis.OUT)))),)
 
     def plan(dtype: torch.dtype) -> Plan:
         base = store(f"{KINDS[dtype].label}.safetensors", w=random(9, 6, seed=5, dtype=dtype))

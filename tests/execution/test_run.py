@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dora_convert.core.adapter import MagnitudeAxis, TokenRows
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan, Shard
@@ -19,20 +18,7 @@ from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.run import run
 from dora_convert.storage.pickled import read_pickle_header
 
-from .conftest import KINDS, Recorder, Store, exact, module, plan_of, written
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def operands(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
-    length = rows if axis is MagnitudeAxis.OUT else columns
-    return {
-        "up": random(rows, 4, seed=1),
-        "down": random(4, columns, seed=2),
-        "m": random(length, seed=3).abs() + 0.5,
-    }
+from .conftest import KINDS, Recorder, Store, exact, module, operands, plan_of, random, written
 
 
 @pytest.fixture
