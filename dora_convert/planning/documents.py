@@ -12,9 +12,10 @@ from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint, Json, json_text
 from dora_convert.core.plan import CarriedFile, Document, Shard, WrittenFile
 from dora_convert.core.tensors import DType, TensorSpec
-from dora_convert.planning.families import head_of, input_embedding, task_head, text_configs
+from dora_convert.planning.families import task_head, text_configs
 from dora_convert.planning.pack import INDEX, index_text
 from dora_convert.planning.ties import Ties
+from dora_convert.planning.vocabulary import vocabulary_ends
 
 __all__ = ["documents", "repaired_config"]
 
@@ -60,7 +61,7 @@ def documents(
     # A base that was given as one file carries nothing along, but has a config all the same; that
     # of one that was decoded says no longer what its file does.
     changed = config != checkpoint.config or checkpoint.schemes
-    if changed or (config and "config.json" not in found):
+    if config and (changed or "config.json" not in found):
         found["config.json"] = WrittenFile("config.json", json_text(config))
     if len(shards) > 1:
         found[INDEX] = WrittenFile(INDEX, index_text(shards))
@@ -106,14 +107,12 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 def _set_vocabulary(
     parts: Sequence[dict[str, Any]], checkpoint: Checkpoint, specs: Iterable[TensorSpec]
 ) -> None:
-    for spec in specs:
-        path = spec.name.removesuffix(".weight")
+    for spec in vocabulary_ends(specs):
         old = checkpoint.tensors.get(spec.name)
-        if (input_embedding(path) or head_of(path)) and old is not None:
-            was, now = old.spec.shape[0], spec.shape[0]
+        if old is not None and old.spec.shape[:1] != spec.shape[:1]:
             for part in parts:
-                if now != was and "vocab_size" in part:
-                    part["vocab_size"] = now
+                if "vocab_size" in part:
+                    part["vocab_size"] = spec.shape[0]
 
 
 def _set_task(

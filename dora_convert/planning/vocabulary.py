@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.planning.families import head_of, input_embedding
 
-__all__ = ["vocabulary_problems"]
+__all__ = ["vocabulary_ends", "vocabulary_problems"]
 
 
 def vocabulary_problems(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> list[str]:
@@ -17,14 +17,14 @@ def vocabulary_problems(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> 
     A head that the base does not hold is measured by its one input embedding.
     """
     was = {name: ref.spec.shape for name, ref in checkpoint.tensors.items()}
-    ends = [s for s in specs if s.name.endswith(".weight") and _is_end(s.name)]
+    ends = vocabulary_ends(specs)
     inputs = [s for s in ends if input_embedding(s.name.removesuffix(".weight"))]
     found = []
     for end in ends:
         if end.name in was:
             # Those that had its size before it was resized, and still have it.
-            old = was[end.name][0]
-            others = [t for t in ends if was.get(t.name, (None,))[0] == old == t.shape[0]]
+            old = next(iter(was[end.name]), None)
+            others = [t for t in ends if was.get(t.name, ())[:1] == (old,) == t.shape[:1]]
             others = others if end.shape[0] != old else []
         else:
             others = [t for t in inputs[:1] if len(inputs) == 1 and t.shape != end.shape]
@@ -36,6 +36,11 @@ def vocabulary_problems(checkpoint: Checkpoint, specs: Sequence[TensorSpec]) -> 
     return found
 
 
-def _is_end(name: str) -> bool:
-    path = name.removesuffix(".weight")
-    return input_embedding(path) or head_of(path)
+def vocabulary_ends(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The embeddings and heads among them: matrices with a row for each token."""
+    found = []
+    for spec in specs:
+        path = spec.name.removesuffix(".weight")
+        if path != spec.name and len(spec.shape) == 2 and (input_embedding(path) or head_of(path)):
+            found.append(spec)
+    return found
