@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,15 @@ from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.kernels import Operands, figure_dtype
 from dora_convert.execution.threads import in_threads
-from dora_convert.maths.compare import ModuleSums, block_sums, relative
+from dora_convert.maths.compare import (
+    ModuleSums,
+    block_sums,
+    counted,
+    element_sums,
+    products,
+    relative,
+    vector_sums,
+)
 from dora_convert.maths.dora import add_update
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.reader import Reader
@@ -23,9 +31,6 @@ from dora_convert.storage.reader import Reader
 __all__ = ["figures", "module_sums", "storage_label"]
 
 _BLOCK = 1 << 20
-# Columns are gathered for axis IN: a panel of a tall matrix at a time.
-_PANEL = 64 << 20
-_ALL = slice(None)
 
 
 def module_sums(plan: Plan, *, workers: int) -> dict[str, ModuleSums]:
@@ -85,64 +90,60 @@ def _rounding(dtype: DType) -> torch.dtype:
 
 
 def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) -> ModuleSums:
+    """Axis OUT: every row is seen whole."""
     sums = ModuleSums()
-    dtype = figure_dtype(base.spec.dtype)
-    operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
-    buffer = torch.empty(max(_BLOCK, base.spec.row_bytes), dtype=torch.uint8)
-    with reader.rows(base) as blocks:
-        for start, stop in blocks.spans(piece.start, piece.stop, _BLOCK):
-            span = slice(start - piece.start, stop - piece.start)
-            weight = blocks.read(start, stop, buffer).to(dtype)
-            magnitude = operands.magnitude[span] if operands.magnitude is not None else None
-            direction = _moved(weight, operands, rows=span)
-            magnitude = _as_norms(magnitude, direction, piece.module)
-            sums.add(block_sums(weight, direction, magnitude, rounding))
+    operands = _operands(base, piece, reader)
+    for start, weight, direction in _blocks(base, piece, operands, reader):
+        magnitude = operands.magnitude
+        if magnitude is not None:
+            lengths = torch.linalg.vector_norm(direction, dim=1)
+            magnitude = _as_norms(magnitude[start : start + len(weight)], lengths, piece.module)
+        sums.add(block_sums(weight, direction, magnitude, rounding))
     return sums
 
 
 def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) -> ModuleSums:
-    """Axis IN: a panel of columns at a time, turned into rows."""
-    sums = ModuleSums()
-    dtype = figure_dtype(base.spec.dtype)
-    operands = Operands.load(reader, piece, 0, base.spec.shape[0], dtype)
+    """Axis IN: a pass for the columns' norms, and one for what follows from them."""
+    operands = _operands(base, piece, reader)
     assert operands.magnitude is not None
-    rows, columns = base.spec.shape
-    width = max(1, _PANEL // (rows * dtype.itemsize))
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        weight = _panel(base, start, stop, reader).to(dtype)
-        direction = _moved(weight, operands, columns=slice(start, stop))
-        magnitude = _as_norms(operands.magnitude[start:stop], direction.T, piece.module)
-        sums.add(block_sums(weight.T, direction.T, magnitude, rounding))
+    squares = torch.zeros((3, base.spec.shape[1]), dtype=torch.float64)
+    for _, weight, direction in _blocks(base, piece, operands, reader):
+        squares += products(weight, direction)
+    w, n, dot = squares[0].sqrt(), squares[1].sqrt(), squares[2]
+    magnitude = _as_norms(operands.magnitude.double(), n, piece.module)
+    sums = vector_sums(w, n, dot, magnitude)
+    used = counted(w, n)
+    whole = bool(used.all())
+    factor = (magnitude / n)[used].to(operands.magnitude.dtype)
+    for _, weight, direction in _blocks(base, piece, operands, reader):
+        # Indexing copies, which whole blocks are spared.
+        pair = (weight, direction) if whole else (weight[:, used], direction[:, used])
+        sums.add(element_sums(*pair, factor, rounding))
     return sums
 
 
-def _panel(base: TensorRef, start: int, stop: int, reader: Reader) -> Tensor:
-    """Columns `start:stop` of all rows."""
+def _operands(base: TensorRef, piece: Piece, reader: Reader) -> Operands:
+    return Operands.load(reader, piece, piece.start, piece.stop, figure_dtype(base.spec.dtype))
+
+
+def _blocks(
+    base: TensorRef, piece: Piece, operands: Operands, reader: Reader
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Blocks `(start, W, V)` of the piece's rows; `start` counts from its first."""
     buffer = torch.empty(max(_BLOCK, base.spec.row_bytes), dtype=torch.uint8)
-    panel = torch.empty((base.spec.shape[0], stop - start), dtype=TORCH[base.spec.dtype])
     with reader.rows(base) as blocks:
-        for first, last in blocks.spans(0, base.spec.shape[0], _BLOCK):
-            panel[first:last] = blocks.read(first, last, buffer)[:, start:stop]
-    return panel
+        for first, last in blocks.spans(piece.start, piece.stop, _BLOCK):
+            start, stop = first - piece.start, last - piece.start
+            weight = blocks.read(first, last, buffer).to(figure_dtype(base.spec.dtype))
+            direction = weight.clone()
+            if operands.up is not None and operands.down is not None:
+                add_update(direction, operands.up[start:stop], operands.down)
+            yield start, weight, direction
 
 
-def _moved(
-    weight: Tensor, operands: Operands, *, rows: slice = _ALL, columns: slice = _ALL
-) -> Tensor:
-    """V of a part of W: of some rows, or of some columns."""
-    direction = weight.clone()
-    if operands.up is not None and operands.down is not None:
-        add_update(direction, operands.up[rows], operands.down[:, columns])
-    return direction
-
-
-def _as_norms(magnitude: Tensor | None, direction: Tensor, module: DoraModule) -> Tensor | None:
+def _as_norms(magnitude: Tensor, lengths: Tensor, module: DoraModule) -> Tensor:
     """The lengths that the vectors get, also where the file holds `m / ||V||`."""
-    if magnitude is None or module.magnitude_is is MagnitudeKind.NORM:
-        return magnitude
-    norms: Tensor = torch.linalg.vector_norm(direction, dim=1)
-    return magnitude * norms
+    return magnitude if module.magnitude_is is MagnitudeKind.NORM else magnitude * lengths
 
 
 def _share(part: float, whole: float) -> float:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from dora_convert.maths.dora import RowFaults
 
-__all__ = ["ModuleSums", "block_sums", "relative"]
+__all__ = [
+    "ModuleSums",
+    "block_sums",
+    "counted",
+    "element_sums",
+    "products",
+    "relative",
+    "vector_sums",
+]
 
 
 @dataclass(slots=True)
@@ -43,38 +51,62 @@ class ModuleSums:
 def block_sums(
     base: Tensor, direction: Tensor, magnitude: Tensor | None, dtype: torch.dtype
 ) -> ModuleSums:
-    """One block of vectors `[n, length]`, each with its magnitude `[n]`, in float32 or float64.
+    """One block of whole rows `[n, length]`, each with its magnitude `[n]`, in float32 or float64.
 
-    The vectors are rows for axis OUT; for axis IN the caller passes columns. `dtype` is the
-    storage type whose rounding is measured. Vectors of norm 0 do not count.
+    `dtype` is the storage type whose rounding is measured. Rows of norm 0 do not count.
     """
     w = torch.linalg.vector_norm(base, dim=1)
     n = torch.linalg.vector_norm(direction, dim=1)
     m = n if magnitude is None else magnitude
-    faults = RowFaults(
-        zero=int(((n == 0) & (m != 0)).sum()), nonfinite=int((~torch.isfinite(n)).sum())
-    )
-    used = (w > 0) & (n > 0) & torch.isfinite(w) & torch.isfinite(n)
+    sums = vector_sums(w, n, (base * direction).sum(dim=1), m)
+    used = counted(w, n)
     if not bool(used.all()):
-        base, direction, w, n, m = base[used], direction[used], w[used], n[used], m[used]
-    merged = direction * (m / n).unsqueeze(1)
-    effect = merged - base
-    rounded = merged.to(dtype).to(merged.dtype)
-    cosine = (base * direction).sum(dim=1) / (w * n)
+        base, direction, n, m = base[used], direction[used], n[used], m[used]
+    sums.add(element_sums(base, direction, (m / n).unsqueeze(1), dtype))
+    return sums
+
+
+def products(base: Tensor, direction: Tensor) -> Tensor:
+    """`W . W`, `V . V` and `W . V` of every column, float64 `[3, in]`; row blocks add up."""
+    pairs = ((base, base), (direction, direction), (base, direction))
+    return torch.stack([(x * y).sum(dim=0).double() for x, y in pairs])
+
+
+def counted(w: Tensor, n: Tensor) -> Tensor:
+    """Which vectors of these norms, before and after the update, have figures."""
+    return (w > 0) & (n > 0) & torch.isfinite(w) & torch.isfinite(n)
+
+
+def vector_sums(w: Tensor, n: Tensor, dot: Tensor, magnitude: Tensor) -> ModuleSums:
+    """What follows from every vector's `||W||`, `||V||`, `W . V` and magnitude, each `[n]`."""
+    faults = RowFaults(
+        zero=int(((n == 0) & (magnitude != 0)).sum()), nonfinite=int((~torch.isfinite(n)).sum())
+    )
+    used = counted(w, n)
+    w, n, dot, m = w[used], n[used], dot[used], magnitude[used]
     log_ratio = torch.log(m.abs() / w)
     return ModuleSums(
         rows=len(w),
         faults=faults,
+        magnitude_shift=_total((m - w).abs()),
+        magnitude_base=_total(w),
+        direction_shift=_total((1 - dot / (w * n)).clamp_min(0)),
+        ratio=_total(log_ratio),
+        ratio_square=_total(log_ratio.square()),
+    )
+
+
+def element_sums(base: Tensor, direction: Tensor, factor: Tensor, dtype: torch.dtype) -> ModuleSums:
+    """What is summed over the elements of a block; `factor` is `m / ||V||`, `[n, 1]` or `[in]`."""
+    merged = direction * factor
+    effect = merged - base
+    rounded = merged.to(dtype).to(merged.dtype)
+    return ModuleSums(
         base=_square(base),
         update=_square(direction - base),
         effect=_square(effect),
         noise=_square(rounded - merged),
         kept=float(((rounded - base) * effect).sum(dtype=torch.float64)),
-        magnitude_shift=_total((m - w).abs()),
-        magnitude_base=_total(w),
-        direction_shift=_total((1 - cosine).clamp_min(0)),
-        ratio=_total(log_ratio),
-        ratio_square=_total(log_ratio.square()),
     )
 
 
