@@ -171,19 +171,21 @@ def _seen_as(ref: TensorRef, spec: TensorSpec) -> TensorRef:
 
 
 def _replaced(checkpoint: Checkpoint, dense: Mapping[str, TensorRef]) -> Checkpoint:
-    """Each dense matrix at the place, and in the shard, of the first of its parts."""
-    owners = {
-        part.stored.name: name
-        for name, ref in dense.items()
-        if isinstance(ref.source, Encoded)
-        for part in (*ref.source.parts.values(), *ref.source.rest)
-    }
+    """Each dense matrix at the place, and in the shard, of the first of its parts.
+
+    Matrices that share a part follow one another.
+    """
+    owners: dict[str, list[str]] = {}
+    for name, ref in dense.items():
+        if isinstance(ref.source, Encoded):
+            for part in (*ref.source.parts.values(), *ref.source.rest):
+                owners.setdefault(part.stored.name, []).append(name)
     tensors: dict[str, TensorRef] = {}
     shards: dict[str, str] = {}
     for name, ref in checkpoint.tensors.items():
-        owner = owners.get(name, name)
-        tensors.setdefault(owner, dense.get(owner, ref))
-        shards.setdefault(owner, checkpoint.shards[name])
+        for owner in owners.get(name, [name]):
+            tensors.setdefault(owner, dense.get(owner, ref))
+            shards.setdefault(owner, checkpoint.shards[name])
     unknown = [name for name, ref in tensors.items() if _is_coded(ref)]
     if unknown:
         raise InputError(

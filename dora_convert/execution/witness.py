@@ -1,15 +1,18 @@
-"""Tensors as safetensors and torch read them, for checking what this package's reader gave."""
+"""Tensors as safetensors, gguf and torch read them, to check what this package's reader gave."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from dora_convert import quant
+from dora_convert.core.extras import required
 from dora_convert.core.protocols import Quantizer
 from dora_convert.core.quantized import QuantizedWeight, Window
 from dora_convert.core.tensors import (
@@ -21,6 +24,7 @@ from dora_convert.core.tensors import (
     TensorRef,
 )
 from dora_convert.storage.dtypes import TORCH
+from dora_convert.storage.weights import GGUF
 
 __all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole", "whole_rows"]
 
@@ -117,6 +121,8 @@ def _part(ref: TensorRef, window: Window | None) -> Tensor:
     if not isinstance(ref.source, Slice) or ref.view:
         seen = _viewed(ref)
         return seen if window is None else seen.narrow(0, window.start, window.stop - window.start)
+    if ref.source.file.suffix == GGUF:
+        return _of_gguf(ref, ref.source.file, window)
     with safe_open(ref.source.file, framework="pt") as handle:
         stored = handle.get_slice(ref.stored.name)
         as_seen = tuple(stored.get_shape()) == ref.spec.shape
@@ -128,6 +134,23 @@ def _part(ref: TensorRef, window: Window | None) -> Tensor:
     if window is None:
         return seen
     return seen.narrow(window.axis, window.start, window.stop - window.start)
+
+
+def _of_gguf(ref: TensorRef, file: Path, window: Window | None) -> Tensor:
+    """Rows of it by gguf's own reader."""
+    state = file.stat()
+    data = _gguf_bytes(file, state.st_size, state.st_mtime_ns)[ref.stored.name]
+    start, stop = (window.start, window.stop) if window else (0, ref.spec.shape[0])
+    size = ref.spec.row_bytes
+    rows = torch.from_numpy(np.array(data[start * size : stop * size]))
+    return rows.view(TORCH[ref.spec.dtype]).view(stop - start, *ref.spec.shape[1:])
+
+
+@lru_cache(maxsize=8)
+def _gguf_bytes(file: Path, size: int, mtime: int) -> dict[str, np.ndarray]:
+    """Every tensor's bytes, mapped; a file that was written anew is read anew."""
+    reader = required("gguf", "gguf", "a GGUF file").GGUFReader(file)
+    return {tensor.name: tensor.data.reshape(-1).view(np.uint8) for tensor in reader.tensors}
 
 
 def stored_rows(

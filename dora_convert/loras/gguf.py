@@ -1,7 +1,8 @@
 """A LoRA as llama.cpp loads it (src/llama-adapter.cpp), in the file format of
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
-Tensors are named and turned as llama.cpp's convert_lora_to_gguf.py does for the models of `MODELS`.
+Tensors are named and turned as llama.cpp's convert_lora_to_gguf.py does for the `MODELS` of
+`core.llama_cpp`.
 """  # noqa: D205
 
 from __future__ import annotations
@@ -9,40 +10,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from dora_convert.core.adapter import LayerKind
+from dora_convert.core.extras import required
+from dora_convert.core.llama_cpp import MODELS, Model, count_of, turned_heads
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.pairs import Factor, LoraFile, Pair
 from dora_convert.core.tensors import TensorSpec
-from dora_convert.errors import InputError, MismatchError
+from dora_convert.errors import MismatchError
 from dora_convert.planning.lora import Lora, factor_shapes, spelled
 
-__all__ = ["FORMAT", "MODELS", "Model"]
+__all__ = ["FORMAT"]
 
 
-class Model(NamedTuple):
-    """llama.cpp's name, and whether its rotary embedding wants q and k reordered."""
-
-    arch: str
-    permuted: bool = False
-
-
-# Those whose tensors are renamed and nothing else, but for q and k (conversion/*.py).
-MODELS: Mapping[str, Model] = MappingProxyType(
-    {
-        "Gemma2ForCausalLM": Model("GEMMA2"),
-        "Gemma3ForCausalLM": Model("GEMMA3"),
-        "GemmaForCausalLM": Model("GEMMA"),
-        "GraniteForCausalLM": Model("GRANITE", permuted=True),
-        "LlamaForCausalLM": Model("LLAMA", permuted=True),
-        "MistralForCausalLM": Model("LLAMA", permuted=True),
-        "Olmo2ForCausalLM": Model("OLMO2"),
-        "Phi3ForCausalLM": Model("PHI3"),
-        "Qwen2ForCausalLM": Model("QWEN2"),
-        "Qwen3ForCausalLM": Model("QWEN3"),
-    }
-)
 _HINT = "Write a PEFT folder (--to peft) and turn it with llama.cpp's convert_lora_to_gguf.py."
 
 
@@ -50,7 +31,7 @@ class _Gguf:
     title = "llama.cpp"
 
     def lay_out(self, lora: Lora) -> LoraFile:
-        gguf = _library()
+        gguf = required("gguf", "gguf", "a GGUF file")
         model = _model(lora)
         pairs = _pairs(lora, model, gguf)
         keys = gguf.Keys
@@ -67,17 +48,6 @@ class _Gguf:
         return LoraFile("adapter.gguf", head, MappingProxyType(starts), len(head) + end, pairs)
 
 
-def _library() -> ModuleType:
-    try:
-        import gguf  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(
-            "GGUF files need the package gguf, which is not installed",
-            hint='pip install "dora-convert[gguf]"',
-        ) from error
-    return gguf
-
-
 def _model(lora: Lora) -> Model:
     names = lora.config.get("architectures") or ["missing"]
     if names[0] not in MODELS:
@@ -90,7 +60,8 @@ def _model(lora: Lora) -> Model:
 
 
 def _pairs(lora: Lora, model: Model, gguf: ModuleType) -> tuple[Pair, ...]:
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.arch], _count(lora, "num_hidden_layers"))
+    layers = count_of(lora.config, "num_hidden_layers")
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[model.arch], layers)
     problems, pairs = [], []
     for layer in lora.layers:
         path = spelled(layer.path, lora.names)
@@ -98,7 +69,7 @@ def _pairs(lora: Lora, model: Model, gguf: ModuleType) -> tuple[Pair, ...]:
         if name is None:
             problems.append(f"{layer.path}: llama.cpp has no tensor for it")
             continue
-        heads = _heads(path, lora) if model.permuted else 0
+        heads = turned_heads(path, model, lora.config)
         if heads and layer.shape[0] % (2 * heads):
             problems.append(f"{layer.path}: {layer.shape[0]} rows do not divide into {heads} heads")
             continue
@@ -117,25 +88,6 @@ def _pair(name: str, layer: LoraLayer, heads: int, lora: Lora) -> Pair:
     a = TensorSpec(f"{name}.lora_a", lora.dtype, down[::-1] if turned else down)
     b = TensorSpec(f"{name}.lora_b", lora.dtype, up)
     return Pair(layer, Factor(a, turned=turned), Factor(b, heads=heads))
-
-
-def _heads(path: str, lora: Lora) -> int:
-    """In how many heads the rows of q or k are reordered; 0 for other modules."""
-    if path.endswith(".q_proj"):
-        return _count(lora, "num_attention_heads")
-    if path.endswith(".k_proj"):
-        grouped = lora.config.get("num_key_value_heads") is not None
-        return _count(lora, "num_key_value_heads" if grouped else "num_attention_heads")
-    return 0
-
-
-def _count(lora: Lora, key: str) -> int:
-    value = lora.config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MismatchError(
-            f"the base's config.json gives no {key} to write a GGUF adapter by", where=f"{value!r}"
-        )
-    return value
 
 
 def _header(

@@ -45,11 +45,10 @@ def quantised(
     kept = []
     for name, job in outputs.jobs.items():
         path = name.removesuffix(".weight")
-        if not scheme.quantizer.takes(job.output) or matches_any(path, scheme.keep_dense):
+        is_taken = scheme.quantizer.takes(job.output) or _are_stored_experts(job, scheme)
+        if not is_taken or matches_any(path, scheme.keep_dense):
             jobs[name] = job
-            is_matrix = name.endswith(".weight") and len(job.output.shape) == 2
-            if is_matrix and not input_embedding(path):
-                kept.append(path)
+            kept += _linear_modules(job)
             continue
         if is_transposed(path):
             problems.append(
@@ -71,7 +70,27 @@ def quantised(
             hint="Leave --scales out, and they are made anew where that has to be.",
         )
     heads = [path for path in outputs.jobs if head_of(path.removesuffix(".weight"))]
-    return Outputs(jobs, beside), (*kept, *(() if heads else ("lm_head",)))
+    return Outputs(jobs, beside), (*dict.fromkeys(kept), *(() if heads else ("lm_head",)))
+
+
+def _linear_modules(job: Job) -> list[str]:
+    """The module that a server would take for quantised, if it is of that kind."""
+    path, rank = job.output.name.removesuffix(".weight"), len(job.output.shape)
+    if rank == 3 and ".experts." in path:
+        return [path.rpartition(".")[0]]
+    is_matrix = rank == 2 and path != job.output.name
+    return [path] if is_matrix and not input_embedding(path) else []
+
+
+def _are_stored_experts(job: Job, scheme: Scheme) -> bool:
+    """Whether they are the experts of a layer in one tensor, which the base has in the scheme.
+
+    Of others it is not known which axis is which.
+    """
+    if not isinstance(job.op, Copy | Cast) or len(job.output.shape) != 3:
+        return False
+    source = job.op.source.source
+    return isinstance(source, Encoded) and source.scheme == scheme.name
 
 
 def _jobs(job: Job, scheme: Scheme, problems: list[str]) -> list[Job]:

@@ -7,7 +7,6 @@ double quantisation the peaks are 8-bit codes themselves, in blocks of 256 aroun
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_convert.core.bundle import Json
+from dora_convert.core.extras import required
 from dora_convert.core.quantized import QuantizedWeight, Window
 from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError
@@ -128,7 +128,7 @@ class FourBit(SinglePass):
         """
         block = weight.settings["block"]
         first, last = start * weight.columns, stop * weight.columns
-        packed = parts["weight"]
+        packed = parts["weight"].view(-1)
         codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
         skip = first % 2
         values = parts["quant_map"][codes[skip : skip + last - first].long()]
@@ -181,7 +181,7 @@ class FourBit(SinglePass):
         codes, state = _library().quantize_4bit(
             rows.contiguous(), blocksize=_BLOCK, quant_type=self._kind
         )
-        parts = {"weight": codes.view(-1)}
+        parts = {"weight": codes.view(-1, 1)}
         return parts if self._nested else parts | {"absmax": state.absmax}
 
     def constants(
@@ -267,7 +267,7 @@ def _parts(
         sizes["nested_absmax"] = (DType.F32, -(-blocks // _NESTED_BLOCK))
         sizes["nested_quant_map"] = (DType.F32, 256)
     return {
-        "weight": TensorSpec(name, DType.U8, (-(-dense.numel // 2),)),
+        "weight": TensorSpec(name, DType.U8, (-(-dense.numel // 2), 1)),
         **{role: TensorSpec(f"{name}.{role}", t, (n,)) for role, (t, n) in sizes.items()},
         "state": TensorSpec(f"{name}.{_STATE}{kind}", DType.U8, (text,)),
     }
@@ -293,13 +293,7 @@ def _state(text: bytes) -> dict[str, Any] | None:
 
 
 def _library() -> Any:
-    try:
-        # The whole package first: another thread may be half-way through it, with `functional`
-        # there already and the operators for this processor not yet.
-        importlib.import_module("bitsandbytes")
-        return importlib.import_module("bitsandbytes.functional")
-    except ImportError as error:
-        raise InputError(
-            "writing nf4 and fp4 needs bitsandbytes, which is not installed",
-            hint='pip install "dora-convert[bnb]"',
-        ) from error
+    # The whole package first: another thread may be half-way through it, with `functional` there
+    # already and the operators for this processor not yet.
+    required("bitsandbytes", "bnb", "writing nf4 and fp4")
+    return required("bitsandbytes.functional", "bnb", "writing nf4 and fp4")

@@ -1,11 +1,13 @@
 """Block FP8: e4m3 with a float32 scale for each 128 x 128 tile, of DeepSeek-V3 and Qwen3-FP8.
 
 Source: transformers `integrations/finegrained_fp8.py`; config `quant_method: fp8`. The scale is
-called `weight_scale_inv` and is multiplied by. Tiles at the edges may be cut.
+called `weight_scale_inv` and is multiplied by. Tiles at the edges may be cut. Experts in one
+tensor, `[experts, out, in]`, have a grid each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -45,71 +47,74 @@ class BlockFP8(SinglePass):
         dense = dense_type(config)
         found = {}
         for name, spec in tensors.items():
-            if spec.dtype is not DType.F8_E4M3 or not name.endswith(".weight"):
-                continue
             scale = tensors.get(f"{name}_scale_inv")
+            is_weight = name.endswith(".weight") or (scale is not None and len(spec.shape) == 3)
+            if spec.dtype is not DType.F8_E4M3 or not is_weight:
+                continue
             if scale is None:
                 problems.append(f"{name}: weight_scale_inv is missing")
-            elif len(spec.shape) != 2 or scale.dtype not in _SCALES:
+            elif len(spec.shape) not in (2, 3) or scale.dtype not in _SCALES:
                 problems.append(f"{name}: {shown(spec)} with a scale {shown(scale)} is not known")
             else:
-                height, width = tile or spec.shape
-                grid = (-(-spec.shape[0] // height), -(-spec.shape[1] // width))
-                if scale.numel != grid[0] * grid[1] or (tile and scale.shape != grid):
+                height, width = tile or spec.shape[-2:]
+                grid = _grid(spec.shape, height, width)
+                if scale.numel != math.prod(grid) or (tile and scale.shape != grid):
                     problems.append(
                         f"{name}: {list(spec.shape)} in tiles of {height} x {width} needs "
                         f"{list(grid)} scales, the file has {list(scale.shape)}"
                     )
                     continue
-                found[name] = QuantizedWeight(
-                    TensorSpec(name, dense, spec.shape),
-                    {"weight": spec, "scale": TensorSpec(scale.name, scale.dtype, grid)},
-                    {"height": height, "width": width},
+                found[name] = _weight(
+                    TensorSpec(name, dense, spec.shape), scale.dtype, height, width
                 )
         reject(self.title, problems)
         return found
 
     def windows(self, weight: QuantizedWeight, start: int, stop: int) -> Mapping[str, Window]:
         """See `Dequantizer.windows`."""
-        scale = tile_window(start, stop, weight.settings["height"])
-        return {"weight": Window(start, stop), "scale": scale}
+        rows = Window(start, stop)
+        if weight.shape:
+            return {"weight": rows, "scale": rows}
+        return {"weight": rows, "scale": tile_window(start, stop, weight.settings["height"])}
 
     def dequantize(
         self, weight: QuantizedWeight, parts: Mapping[str, Tensor], start: int, stop: int
     ) -> Tensor:
         """See `Dequantizer.dequantize`."""
-        grid = parts["scale"]
+        codes, grid = parts["weight"], parts["scale"]
         if grid.dtype is torch.uint8:  # a bare exponent
             grid = powers_of_two(grid)
         height, width = weight.settings["height"], weight.settings["width"]
-        scale = expand(grid.float(), start, stop, height, width, weight.columns)
-        return parts["weight"].float().mul_(scale)
+        if not weight.shape:
+            scale = expand(grid.float(), start, stop, height, width, weight.columns)
+            return codes.float().mul_(scale)
+        _, out, inner = weight.shape
+        spread = [expand(each.float(), 0, out, height, width, inner) for each in grid]
+        return codes.float().mul_(torch.stack(spread)).view(stop - start, -1)
 
     def layout(self, dense: TensorSpec) -> QuantizedWeight:
-        """See `Quantizer.layout`."""
-        check_matrix(dense, self.title)
-        grid = (-(-dense.shape[0] // _TILE), -(-dense.shape[1] // _TILE))
-        parts = {
-            "weight": TensorSpec(dense.name, DType.F8_E4M3, dense.shape),
-            "scale": TensorSpec(f"{dense.name}_scale_inv", DType.F32, grid),
-        }
-        return QuantizedWeight(dense, parts, {"height": _TILE, "width": _TILE})
+        """See `Quantizer.layout`; the experts of a base that has them so may be `[n, out, in]`."""
+        if len(dense.shape) != 3 or dense.name.endswith(".weight") or not dense.numel:
+            check_matrix(dense, self.title)
+        return _weight(dense, DType.F32, _TILE, _TILE)
 
     def row_multiple(self, weight: QuantizedWeight) -> int:
         """See `Quantizer.row_multiple`."""
-        return weight.settings["height"]
+        return 1 if weight.shape else weight.settings["height"]
 
     def quantize(
         self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """See `Quantizer.quantize`."""
-        rows = rows.float()
-        peaks = tile_peaks(rows, _TILE, _TILE)
-        # Through the reciprocal, as transformers does: peaks / 448 differs in some last bits.
-        factor = torch.where(peaks > 0, _LARGEST / peaks, 1.0)
-        scaled = rows * expand(factor, 0, rows.shape[0], _TILE, _TILE, rows.shape[1])
-        codes = scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        return {"weight": codes, "scale": 1.0 / factor}
+        if not weight.shape:
+            codes, scale = _quantised(rows.float())
+            return {"weight": codes, "scale": scale}
+        experts = rows.float().view(len(rows), *weight.shape[1:])
+        made = [_quantised(expert) for expert in experts]
+        return {
+            "weight": torch.stack([codes for codes, _ in made]),
+            "scale": torch.stack([scale for _, scale in made]),
+        }
 
     def config(self, kept_dense: Sequence[str]) -> Json:
         """Read by transformers and vLLM."""
@@ -121,6 +126,33 @@ class BlockFP8(SinglePass):
             "modules_to_not_convert": sorted(kept_dense),
         }
         return {"quantization_config": words}
+
+
+def _grid(shape: tuple[int, ...], height: int, width: int) -> tuple[int, ...]:
+    *experts, out, inner = shape
+    return (*experts, -(-out // height), -(-inner // width))
+
+
+def _weight(dense: TensorSpec, scale: DType, height: int, width: int) -> QuantizedWeight:
+    """A matrix, or the experts of a layer in one tensor; a row is one expert then."""
+    parts = {
+        "weight": TensorSpec(dense.name, DType.F8_E4M3, dense.shape),
+        "scale": TensorSpec(f"{dense.name}_scale_inv", scale, _grid(dense.shape, height, width)),
+    }
+    settings = {"height": height, "width": width}
+    if len(dense.shape) == 2:
+        return QuantizedWeight(dense, parts, settings)
+    experts = dense.shape[0]
+    matrix = TensorSpec(dense.name, dense.dtype, (experts, dense.numel // experts))
+    return QuantizedWeight(matrix, parts, settings, dense.shape)
+
+
+def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
+    peaks = tile_peaks(rows, _TILE, _TILE)
+    # Through the reciprocal, as transformers does: peaks / 448 differs in some last bits.
+    factor = torch.where(peaks > 0, _LARGEST / peaks, 1.0)
+    scaled = rows * expand(factor, 0, rows.shape[0], _TILE, _TILE, rows.shape[1])
+    return scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), 1.0 / factor
 
 
 def _tile(config: Json, problems: list[str]) -> tuple[int, int] | None:

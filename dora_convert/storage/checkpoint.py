@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.fields import Fields
+from dora_convert.core.quantized import DECLARED_IN
+from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import contents, leaves, list_files, require_inside, require_path
+from dora_convert.storage.gguf import GgufFile
 from dora_convert.storage.opening import quoted
 from dora_convert.storage.oserrors import reading
 from dora_convert.storage.sums import SUMS
 from dora_convert.storage.weights import (
+    GGUF,
     PICKLES,
     Weights,
     is_shard,
@@ -23,6 +28,7 @@ from dora_convert.storage.weights import (
     read_indexed,
     read_weights,
     refuse_pickle,
+    shard_stem,
     some,
 )
 
@@ -39,6 +45,9 @@ _NOT_CARRIED = frozenset({"README.md", "adapter_config.json", SUMS})
 # sentence-transformers keeps the modules that follow the transformer in folders such as `2_Dense`,
 # each with weights of its own that no adapter touches.
 _MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]\w*")
+_HUB_MODEL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)")
+# What image models are kept in with no word in a config.
+_FP8 = (DType.F8_E4M3, DType.F8_E5M2)
 _OTHER_RUNTIMES = frozenset({"onnx", "openvino", "original", "coreml"})
 
 
@@ -50,13 +59,18 @@ def open_checkpoint(
     with reading(path):
         folder = path.is_dir()
         root = path if folder else path.parent
-        files = _choose(root, list_files(root)) if folder else [path.name]
-        carried = _carried(root) if folder else ()
+        files = _choose(root, list_files(root)) if folder else _siblings(path)
+        # A GGUF file is given by its name where others lie beside it.
+        carried = _carried(root) if folder or path.suffix == GGUF else ()
     weights = _read(root, files, allow_pickle=allow_pickle)
-    if folder:
+    if folder or weights.gguf:
         weights.faults += missing_shards(files)
     config = _config(root, weights)
     raise_faults(root, weights.faults)
+    if weights.gguf:
+        config = _as_gguf(root, config, weights.gguf)
+    elif not _declares(config) and any(r.spec.dtype in _FP8 for r in weights.tensors.values()):
+        config = {**config, "quantization_config": {"quant_method": "scaled_fp8"}}
     return Checkpoint(
         root=root, tensors=weights.tensors, shards=weights.shards, config=config, files=carried
     )
@@ -64,8 +78,8 @@ def open_checkpoint(
 
 def _read(root: Path, files: list[str], *, allow_pickle: bool) -> Weights:
     first = files[0].removesuffix(".index.json")
-    if not first.endswith((".safetensors", *PICKLES)):
-        what = f"{first} is neither a safetensors file nor a torch pickle"
+    if not first.endswith((".safetensors", GGUF, *PICKLES)):
+        what = f"{first} is neither a safetensors nor a GGUF file, nor a torch pickle"
         raise InputError(what, where=str(root / first))
     if PurePath(first).suffix in PICKLES and not allow_pickle:
         refuse_pickle(root / files[0])
@@ -78,14 +92,13 @@ def _choose(root: Path, names: list[str]) -> list[str]:
     """Pick the files that make up the model, or its index alone."""
     candidates = [name for name in names if not name.startswith(("adapter", "."))]
     chosen = _indexed(root, candidates) or _unindexed(candidates) or _pickles(candidates)
+    chosen = chosen or _ggufs(root, candidates)
     if chosen:
         return chosen
     found = some(contents(root)) or "nothing"
     what = f"there is no base model in {root.name or root}: it holds {found}"
     hint = "A base model is a folder with model.safetensors, or shards of it, and config.json."
-    if any(name.endswith(".gguf") for name in names):
-        hint = "GGUF files are quantized for llama.cpp; give the model that they were made from."
-    elif any(name.startswith("adapter") for name in names):
+    if any(name.startswith("adapter") for name in names):
         hint = "This is an adapter; give the model that it was trained on."
     raise InputError(what, where=str(root), hint=hint)
 
@@ -125,6 +138,55 @@ def _pickles(names: list[str]) -> list[str]:
         if name in names:
             return [name]
     return [name for name in names if name.startswith("pytorch_model-") and name.endswith(".bin")]
+
+
+def _ggufs(root: Path, names: list[str]) -> list[str]:
+    """The one GGUF model of a folder, in one file or in several."""
+    found = [name for name in names if name.endswith(GGUF)]
+    models = {shard_stem(name) or name for name in found}
+    if len(models) > 1:
+        what = f"{len(models)} GGUF files in {root.name or root} may be the base model"
+        raise InputError(what, where=str(root), problems=found, hint="Give one of them, a file.")
+    return found
+
+
+def _siblings(path: Path) -> list[str]:
+    """The file itself, and of a GGUF that is split its other parts."""
+    stem = shard_stem(path.name)
+    if path.suffix != GGUF or stem is None:
+        return [path.name]
+    return [name for name in list_files(path.parent) if shard_stem(name) == stem]
+
+
+def _as_gguf(root: Path, config: Json, files: Sequence[GgufFile]) -> Json:
+    """The config, and how the weights lie in the files, which it cannot say."""
+    texts = {key: text for file in files for key, text in file.texts.items()}
+    if not config:
+        url = texts.get("general.base_model.0.repo_url") or texts.get("general.source.url") or ""
+        name = (
+            url.removeprefix("https://huggingface.co/") if _HUB_MODEL.fullmatch(url) else "ORG/NAME"
+        )
+        raise InputError(
+            "there is no config.json beside the GGUF file, which has not all that is in one",
+            where=str(root),
+            hint="Take it, and the tokenizer, from the model that the file was made from: "
+            f'hf download {name} --include "*config.json" "*token*" "vocab*" "merges.txt" '
+            f"--local-dir {root}",
+        )
+    types = {name: number for file in files for name, number in file.types.items()}
+    words = {
+        "quant_method": "gguf",
+        "architecture": texts.get("general.architecture"),
+        "types": types,
+    }
+    return {**config, "quantization_config": words}
+
+
+def _declares(config: Json) -> bool:
+    """Whether it says how weights are quantised, of a part of the model perhaps."""
+    return not DECLARED_IN.keys().isdisjoint(config) or any(
+        isinstance(value, dict) and _declares(value) for value in config.values()
+    )
 
 
 def _config(root: Path, weights: Weights) -> Json:

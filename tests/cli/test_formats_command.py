@@ -179,5 +179,5 @@ def test_a_base_that_has_no_biases_is_no_hindrance(
     for out, base in ((alone, ()), (beside, ("-b", box.base))):
         assert run("convert", box.adapter, "--to", "mlx", "-o", out, *base).code == 0
     names = {path.name for path in alone.iterdir()} - {"README.md"}
-    assert names == {"adapters.safetensors", "adapter_config.json"}
+    assert names == {"adapters.safetensors", "adapter_config.json", "SHA256SUMS"}
     assert all((alone / name).read_bytes() == (beside / name).read_bytes() for name in names)

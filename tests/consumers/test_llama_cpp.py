@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from dora_convert.loras.gguf import MODELS as ARCHITECTURES
+from dora_convert.core.llama_cpp import MODELS as ARCHITECTURES
 from tests.consumers.cases import MODELS, TIED, Case, case, ids, targets
 from tests.consumers.environments import call, llama_cpp
 from tests.oracles.models import distance

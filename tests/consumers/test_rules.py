@@ -39,6 +39,7 @@ def read(made: Case, stack: str, **how: Any) -> tuple[dict[str, Any], dict[str, 
     folder = made.lora(stack, "peft", **how)
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

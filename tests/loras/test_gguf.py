@@ -63,7 +63,7 @@ def test_the_file_by_another_reader(tmp_path: Path) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(InputError, match="package gguf") as caught:
+    with pytest.raises(InputError, match="a GGUF file needs gguf") as caught:
         loras.get("gguf").lay_out(lora())
     assert caught.value.hint == 'pip install "dora-convert[gguf]"'
 

@@ -12,7 +12,17 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from dora_convert.errors import InputError
-from tests.quant.engine import find, normal, read_one, same_bytes, scheme, write
+from tests.quant.engine import (
+    find,
+    normal,
+    read,
+    read_one,
+    same_bytes,
+    scheme,
+    spec_of,
+    write,
+    write_as,
+)
 
 FP8 = scheme("fp8")
 
@@ -101,3 +111,45 @@ def test_faults_come_all_at_once() -> None:
             FP8, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 0]}}, {}
         )
     assert "weight_block_size" in caught.value.problems[0]
+
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def test_experts_in_one_tensor() -> None:
+    """Bytes and values are those of transformers, for which a row is a matrix here."""
+    weight = normal(3, 256, 384).mul_(torch.tensor([1.0, 3.0, 0.5]).view(3, 1, 1).bfloat16())
+    expected = Fp8Quantize(official()).convert({EXPERTS: weight})
+    declared = FP8.layout(spec_of(EXPERTS, weight))
+    assert declared.dense.shape == (3, 256 * 384)
+    stored = write_as(FP8, declared, weight.view(3, -1), step=2)
+    assert stored.keys() == expected.keys()
+    assert all(same_bytes(stored[n], expected[n]) for n in stored)
+    config = {**FP8.config([]), "dtype": "bfloat16"}
+    found = find(FP8, config, stored)[EXPERTS]
+    assert found == declared
+    dense = Fp8Dequantize(official()).convert(
+        {"weight": [stored[EXPERTS]], "weight_scale_inv": [stored[f"{EXPERTS}_scale_inv"]]}
+    )
+    for step in (3, 1):
+        got = read(FP8, found, stored, step=step).bfloat16()
+        assert torch.equal(got, _only(dense).bfloat16().view(3, -1))
+
+
+def test_cut_tiles_of_experts_by_the_definition() -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randn(2, 130, 200, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2, 2, generator=generator)
+    (weight,) = find(FP8, FP8.config([]), {EXPERTS: codes, f"{EXPERTS}_scale_inv": scale}).values()
+    got = read(FP8, weight, {EXPERTS: codes, f"{EXPERTS}_scale_inv": scale}, step=1)
+    rows, columns = torch.arange(130) // 128, torch.arange(200) // 128
+    exact = codes.double() * scale.double()[:, rows][:, :, columns]
+    assert torch.equal(got.view(2, 130, 200), exact.float())
+
+
+def test_experts_with_scales_that_do_not_fit() -> None:
+    stored = {EXPERTS: torch.zeros(2, 130, 200).to(torch.float8_e4m3fn),
+              f"{EXPERTS}_scale_inv": torch.ones(2, 2, 1)}  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        find(FP8, FP8.config([]), stored)
+    assert "needs [2, 2, 2] scales, the file has [2, 2, 1]" in caught.value.problems[0]

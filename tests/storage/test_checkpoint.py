@@ -131,7 +131,6 @@ def test_config_may_be_absent(tmp_path: Path, save: Make) -> None:
     [
         ([], "it holds nothing", "A base model is"),
         (["a.txt", "sub/x"], "it holds a.txt, sub/", "A base model is"),
-        (["m.gguf", "README.md"], "it holds README.md, m.gguf", "GGUF"),
         (["adapter_model.safetensors"], "it holds adapter_model.safetensors", "This is an adapter"),
         (["pytorch_model_optim.bin"], "it holds pytorch_model_optim.bin", "A base model is"),
     ],
@@ -153,8 +152,8 @@ def test_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_file(write: Make) -> None:
-    with pytest.raises(InputError, match=r"m\.gguf is neither a safetensors file nor"):
-        open_checkpoint(write("m.gguf", "GGUF"))
+    with pytest.raises(InputError, match=r"m\.onnx is neither a safetensors nor a GGUF file"):
+        open_checkpoint(write("m.onnx", "ONNX"))
 
 
 # ---------------------------------------------------------------------------------- pickles
