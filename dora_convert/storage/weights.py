@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -14,10 +14,12 @@ from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import is_plain_name, leaves, require_inside
+from dora_convert.storage.gguf import GgufFile, read_gguf
 from dora_convert.storage.header import read_header
 from dora_convert.storage.opening import quoted
 
 __all__ = [
+    "GGUF",
     "PICKLES",
     "Weights",
     "is_shard",
@@ -26,9 +28,11 @@ __all__ = [
     "read_indexed",
     "read_weights",
     "refuse_pickle",
+    "shard_stem",
     "some",
 ]
 
+GGUF = ".gguf"
 PICKLES = (".bin", ".pt", ".pth")
 _INDEX_LIMIT = 32 << 20
 _MAX_SHARDS = 10_000
@@ -37,11 +41,15 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})(?P<
 
 @dataclass(slots=True)
 class Weights:
-    """Tensors by name, the file of each, what each file holds, and all that is wrong."""
+    """Tensors by name, the file of each, what each file holds, and all that is wrong.
+
+    `gguf` is what the heads of GGUF files say besides.
+    """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
     held: dict[str, set[str]] = field(default_factory=dict)
+    gguf: list[GgufFile] = field(default_factory=list)
     faults: list[InputError] = field(default_factory=list)
 
 
@@ -51,7 +59,7 @@ def read_weights(root: Path, files: Iterable[str]) -> Weights:
     twice: dict[tuple[str, str], list[str]] = defaultdict(list)
     for file in files:
         try:
-            refs = _read(root, file)
+            refs = _read(root, file, weights)
         except InputError as fault:
             weights.faults.append(fault)
             continue
@@ -97,6 +105,12 @@ def read_indexed(root: Path, index: str) -> Weights:
 def is_shard(file: str) -> bool:
     """Whether a file is numbered as one of several, `NAME-00001-of-00003.safetensors`."""
     return _SHARD.fullmatch(file) is not None
+
+
+def shard_stem(file: str) -> str | None:
+    """`NAME` of `NAME-00001-of-00003.gguf`; None for a file that is not numbered so."""
+    match = _SHARD.fullmatch(file)
+    return match["stem"] if match else None
 
 
 def missing_shards(files: Sequence[str]) -> list[InputError]:
@@ -153,9 +167,12 @@ def some(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(known[:limit]) + rest
 
 
-def _read(root: Path, file: str) -> dict[str, TensorRef]:
+def _read(root: Path, file: str, weights: Weights) -> Mapping[str, TensorRef]:
     path = root / file
     require_inside(root, path)
+    if path.suffix == GGUF:
+        weights.gguf.append(read_gguf(path))
+        return weights.gguf[-1].tensors
     if path.suffix in PICKLES:
         from dora_convert.storage import pickled  # noqa: PLC0415 - it imports torch
 
