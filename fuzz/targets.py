@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 
 from dora_convert.api.reading import ReadOptions, open_spec, read_adapter
 from dora_convert.core.bundle import Bundle
-from dora_convert.core.tensors import Slice
+from dora_convert.core.tensors import DType, Encoded, Slice
 from dora_convert.errors import InputError, MismatchError
+from dora_convert.execution.decoding import decoded, open_reader
 from dora_convert.planning.planner import plan_merge
 from dora_convert.storage.bundle import open_bundle
 from dora_convert.storage.checkpoint import open_checkpoint
@@ -105,6 +107,32 @@ def model_config(data: bytes, folder: Path) -> bool:
     return True
 
 
+def quantized(data: bytes, folder: Path) -> bool:
+    """A base in a quantisation scheme: its config, and dtype, shape and data of its tensors.
+
+    Data are bytes, over and over. What is taken can be read.
+    """
+    base = folder / "quantized"
+    base.mkdir(exist_ok=True)
+    try:
+        config, weights = _described(data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False  # a fault of the description, not of the base
+    (base / "config.json").write_text(config)
+    (base / "model.safetensors").write_bytes(weights)
+    try:
+        found = decoded(open_checkpoint(base))
+    except (InputError, MismatchError):
+        return False
+    encoded = [ref for ref in found.tensors.values() if isinstance(ref.source, Encoded)]
+    for ref in encoded:
+        row = torch.empty(ref.spec.row_bytes, dtype=torch.uint8)
+        with open_reader().rows(ref) as blocks:
+            count = min(ref.spec.shape[0], 1)
+            assert blocks.read(0, count, row).numel() == count * math.prod(ref.spec.shape[1:])
+    return bool(encoded)
+
+
 def spec(data: bytes, folder: Path) -> bool:
     """A description of a layout, and an adapter read and written by it."""
     adapter, _ = _models(folder)
@@ -136,6 +164,25 @@ def pickle(data: bytes, folder: Path) -> bool:
     return True
 
 
+def _described(data: bytes) -> tuple[str, bytes]:
+    """The text of a config, and a safetensors file of small tensors."""
+    given = json.loads(data)
+    header: dict[str, Any] = {}
+    body = b""
+    for name, (dtype, shape, content) in given["tensors"].items():
+        if not all(type(number) is int for number in (*shape, *content)):
+            raise TypeError
+        nbytes = math.prod(shape) * DType[dtype].bits // 8
+        if not content or not 0 <= nbytes <= 1 << 14:
+            raise ValueError
+        begin = len(body)
+        body += (bytes(content) * nbytes)[:nbytes]
+        offsets = [begin, len(body)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    head = json.dumps(header).encode()
+    return json.dumps(given["config"]), len(head).to_bytes(8, "little") + head + body
+
+
 def _models(folder: Path) -> tuple[Path, Path]:
     """A small adapter and its base."""
     adapter, base = folder / "adapter", folder / "model"
@@ -164,6 +211,7 @@ TARGETS: Mapping[str, Callable[[bytes, Path], bool]] = MappingProxyType(
         "model_config": model_config,
         "peft_config": peft_config,
         "pickle": pickle,
+        "quantized": quantized,
         "spec": spec,
     }
 )

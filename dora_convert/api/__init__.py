@@ -14,7 +14,7 @@ from dora_convert.api.merging import MergeOptions, Silent, merge
 from dora_convert.api.projecting import LoraOptions, to_lora
 from dora_convert.api.pushing import Consent, PushOptions, check_push, push
 from dora_convert.api.reading import ReadOptions, read_adapter
-from dora_convert.api.uploading import Upload
+from dora_convert.api.uploading import Upload, send_ahead
 from dora_convert.api.verifying import verify
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "merge",
     "push",
     "read_adapter",
+    "send_ahead",
     "to_lora",
     "verify",
 ]

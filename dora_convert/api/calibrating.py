@@ -14,6 +14,7 @@ from dora_convert.hub.locate import local_path
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.mark import checkpoint_mark
 from dora_convert.storage.oserrors import writing
+from dora_convert.storage.publishing import sync
 from dora_convert.storage.selection import base_files
 
 __all__ = ["collect_stats"]
@@ -56,7 +57,9 @@ def collect_stats(
     try:
         save_stats(partial, sketches, mark=checkpoint_mark(checkpoint))
         with writing(output):
+            sync(partial)
             partial.replace(output)
+            sync(output.parent)
     finally:
         partial.unlink(missing_ok=True)
     return StatsReport(

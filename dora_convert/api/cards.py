@@ -30,6 +30,7 @@ __all__ = [
 
 CARD = "README.md"
 
+_WEIGHTS = frozenset({".safetensors", ".gguf"})
 _DOCUMENTS = ("config.json", "adapter_config.json")
 
 
@@ -59,8 +60,10 @@ def card_facts(folder: Path, *, figures: Mapping[str, str], **known: Any) -> Car
     adapter = documents.get("adapter_config.json", None if config else {})
     classes: Any = config.get("architectures")
     quantization: Any = config.get("quantization_config")
+    files = sorted(file.name for file in folder.glob("*") if file.suffix in _WEIGHTS)
     return CardFacts(
         adapter=adapter,
+        weights=files[0] if files and adapter is not None else "",
         scheme=str(quantization.get("quant_method")) if isinstance(quantization, dict) else None,
         architecture=str(classes[0]) if isinstance(classes, list) and classes else None,
         figures=figures,

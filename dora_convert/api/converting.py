@@ -23,6 +23,7 @@ from dora_convert.storage.fingerprint import inputs_of
 from dora_convert.storage.sidefiles import write_documents
 from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
+from dora_convert.storage.sums import SUMS, write_sums
 from dora_convert.storage.weights import PICKLES
 
 __all__ = ["ConvertOptions", "convert"]
@@ -78,6 +79,7 @@ def convert(
     with Staging(output, nbytes=plan.nbytes, overwrite=how.overwrite) as staging:
         _write(plan, staging.dir)
         write_documents(plan.documents, staging.dir)
+        write_sums(staging.dir, {})
         write_card(staging.dir, {"converted from": found.format, "adapter": adapter_name(found)})
         read.require_unchanged()
         staging.publish()
@@ -89,7 +91,7 @@ def convert(
         modules=len(found.modules),
         tensors=len(jobs),
         nbytes=plan.nbytes,
-        files=(target.weights, *sorted((CARD, *made.documents))),
+        files=(target.weights, *sorted((CARD, SUMS, *made.documents))),
         notes=found.notes,
     )
 

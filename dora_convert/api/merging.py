@@ -22,21 +22,23 @@ from dora_convert.api.reading import (
 from dora_convert.api.recomputing import verified
 from dora_convert.api.resuming import open_journal
 from dora_convert.api.settling import settled
-from dora_convert.api.streaming import Streaming, write_by_shard
+from dora_convert.api.streaming import Streaming, require_apart, write_by_shard
+from dora_convert.api.uploading import Offering, Upload
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.plan import Copy, Job, Merge, Plan, Quantise
 from dora_convert.core.reports import MergeReport, Residual, Survival, Verification
 from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError, VerificationError
+from dora_convert.hub.ahead import Ahead
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.quantise import Scheme
+from dora_convert.storage.origin import identity
 from dora_convert.storage.sidefiles import documents_size, own_files, write_documents
 from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
 from dora_convert.storage.sums import SUMS, write_sums
 
 if TYPE_CHECKING:
-    from dora_convert.api.uploading import Upload
     from dora_convert.core.protocols import Listener
 
 __all__ = ["MergeOptions", "Silent", "merge"]
@@ -102,11 +104,12 @@ def merge(
     options: ReadOptions | None = None,
     how: MergeOptions | None = None,
     listener: Listener | None = None,
-    upload: Upload | None = None,
+    upload: Upload | Ahead | None = None,
 ) -> MergeReport:
     """Merge an adapter into its base; `output` appears complete, or not at all.
 
     With `low_disk` an `upload` takes each shard, and the result is there instead of in `output`.
+    Without, an `Ahead` sends each shard as soon as it is on the disk, for `push` to commit.
 
     Raises InputError, MismatchError, OutputError, and VerificationError where a recomputation
     disagrees with what was written.
@@ -133,8 +136,7 @@ def merge(
         overrides=own,
         scheme=_scheme(how),
     )
-    if not by_shard:
-        fetch_merged(proposal.plan)
+    _fetch(proposal.plan, how)
     notes = checked(proposal, found, adapter, base)
     if own:
         notes.append(f"the adapter's own files are used: {', '.join(sorted(own))}")
@@ -150,26 +152,36 @@ def merge(
     if how.dry_run:
         _check_rows(plan, how)
     elif by_shard:
-        stream = _streaming(plan, how, upload)
-        check = write_by_shard(plan, output, stream, listener or Silent(), seconds)
-        written = _Written(check)
+        stream = _streaming(plan, how, options, upload if isinstance(upload, Upload) else None)
+        check, kept = write_by_shard(plan, output, stream, listener or Silent(), seconds)
+        written = _Written(check, kept, kept=len(stream.journal.kept))
     else:
-        written = _write(plan, output, how, listener or Silent(), seconds, correction, options)
+        ahead = upload if isinstance(upload, Ahead) else None
+        offering = Offering(listener or Silent(), ahead, identity(checkpoint.root))
+        written = _write(plan, output, how, offering, seconds, correction, options)
     seconds["total"] = time.perf_counter() - begun
     report = _report(plan, found, adapter, base, output, seconds, written)
     beside = () if correction is None else correction.files
     return replace(report, base=base_name(checkpoint, base), files=(*report.files, *beside))
 
 
-def _check_options(how: MergeOptions, upload: Upload | None) -> None:
+def _check_options(how: MergeOptions, upload: Upload | Ahead | None) -> None:
     if how.min_survival is not None and (how.quantize is None or how.dry_run):
         raise InputError("min_survival is measured while a quantised result is written")
     if how.residual is not None and how.quantize is None:
         raise InputError("a residual is what a quantised result misses: name a scheme as well")
-    if how.low_disk and how.quantize is not None:
-        raise InputError("low_disk takes a shard at a time, and some scales belong to several")
-    if upload is not None and (not how.low_disk or how.dry_run):
-        raise InputError("an upload takes the shards of a merge with low_disk that is no dry run")
+    if how.low_disk and how.residual is not None:
+        raise InputError("a residual is made of the whole base once more: low_disk does without it")
+    if upload is not None and (isinstance(upload, Upload) is not how.low_disk or how.dry_run):
+        raise InputError("an Upload takes the shards of a merge with low_disk, an Ahead of others")
+
+
+def _fetch(plan: Plan, how: MergeOptions) -> None:
+    """What is to be read of a base on the Hub, but for what comes by shard."""
+    if how.low_disk:
+        require_apart(plan)
+    if how.dry_run or not how.low_disk:
+        fetch_merged(plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +225,7 @@ def _write(
     plan: Plan,
     output: Path,
     how: MergeOptions,
-    listener: Listener,
+    offering: Offering,
     seconds: dict[str, float],
     correction: Correction | None,
     options: ReadOptions,
@@ -231,9 +243,14 @@ def _write(
     nbytes += 0 if correction is None else correction.nbytes
     verification = residual = None
     journal, inputs = open_journal(plan, how, options, chosen)
-    with Staging(
-        output, nbytes=nbytes, overwrite=how.overwrite, journal=journal, restart=how.restart
-    ) as staging:
+    with (
+        Staging(
+            output, nbytes=nbytes, overwrite=how.overwrite, journal=journal, restart=how.restart
+        ) as staging,
+        offering.within(staging.dir) as listener,
+    ):
+        for file in sorted(journal.kept):
+            listener.offer(file)
         result = run(
             plan,
             staging.dir,
@@ -259,22 +276,30 @@ def _write(
         write_sums(staging.dir, result.sha256)
         # After the hashes, since people edit it.
         write_card(staging.dir, merge_figures(plan, verification, result.survival, residual))
+        listener.settle()
         inputs.require_unchanged()
         staging.publish()
     return _Written(verification, result.survival, residual, len(journal.kept))
 
 
-def _streaming(plan: Plan, how: MergeOptions, upload: Upload | None) -> Streaming:
+def _streaming(
+    plan: Plan, how: MergeOptions, options: ReadOptions, upload: Upload | None
+) -> Streaming:
     from dora_convert.execution import devices
 
     workers = worker_count(how.workers)
     chosen = devices.named(how.device, plan, workers=workers)
+    place = None if upload is None else upload.place
+    journal, _ = open_journal(plan, how, options, chosen, place)
     return Streaming(
         workers=workers,
         lanes=devices.lanes(chosen, workers=workers, max_memory=how.max_memory),
         samples=how.samples,
+        accept=lambda survival: _check_survival(survival, how.min_survival),
         keep_zero_rows=how.keep_zero_rows,
         overwrite=how.overwrite,
+        restart=how.restart,
+        journal=journal,
         upload=upload,
     )
 

@@ -53,6 +53,7 @@ from dora_convert.storage.fingerprint import inputs_of
 from dora_convert.storage.sidefiles import write_documents
 from dora_convert.storage.sparse import released
 from dora_convert.storage.staging import Staging, check_output
+from dora_convert.storage.sums import write_sums
 
 if TYPE_CHECKING:
     from dora_convert.core.protocols import Listener
@@ -68,9 +69,10 @@ class LoraOptions:
     `stack`: who is to load it, a key of `STACKS`. `form`: the file format, a name of `loras`; the
     stack's first if None. `compact`: a rank for each module, where the stack reads patterns;
     otherwise all are padded to one. `exact`: full decompositions. `limit`: the largest relative
-    residual, over all modules, that is not an error. `weight`: "norm" weights
-    errors by the gain of the norm before a module; `stats` is a file to weight them by instead.
-    `fit`: a file of texts, on which the factors are then fitted to the whole model's outputs.
+    residual, over all modules, that is not an error. `weight`: "norm" weights errors by the gain of
+    the norm before a module, "plain" does not; by default "norm" where there is one, and "plain"
+    with `fit`. `stats` is a file to weight them by instead. `fit`: a file of texts, on which the
+    factors are then fitted to the whole model's outputs.
     """
 
     choice: RankChoice | None = None
@@ -81,11 +83,16 @@ class LoraOptions:
     exact: bool = False
     seed: int = 0
     limit: float | None = None
-    weight: str = "plain"
+    weight: str | None = None
     stats: Path | None = None
     fit: Path | None = None
     workers: int | None = None
     overwrite: bool = False
+
+    @property
+    def start(self) -> str | None:
+        """The weighting; a fit starts no better from weighted factors (docs/to-lora.md)."""
+        return "plain" if self.fit is not None and self.weight is None else self.weight
 
     @property
     def ranking(self) -> RankChoice:
@@ -275,7 +282,7 @@ def _write(
         how.dtype,
     )
     form.lay_out(lora)  # what it cannot hold is said before the work
-    weights, notes = weighting(how.weight, how.stats, layers, proposal.names, checkpoint)
+    weights, notes = weighting(how.start, how.stats, layers, proposal.names, checkpoint)
     fitting = open_fitting(how.fit, layers, checkpoint, how.seed) if how.fit else None
     choice = _bounded(how, stack, layers)
     notes += rank_notes(how.ranking, choice, stack)
@@ -311,6 +318,7 @@ def _write(
         write_pairs(staging.dir, file, ranks, scratch)
         shutil.rmtree(staging.dir / "scratch")
         write_documents(file.documents, staging.dir)
+        write_sums(staging.dir, {})
         write_card(staging.dir, lora_figures(adapter, checkpoint.root, modules, fit))
         inputs.require_unchanged()
         staging.publish()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_convert.api.cards import CARD, card_facts, named_base_of
 from dora_convert.errors import InputError, OutputError
+from dora_convert.hub.ahead import Ahead
 from dora_convert.hub.push import (
     Changes,
     Destination,
@@ -57,18 +58,21 @@ def push(
     base: str | None = None,
     how: PushOptions | None = None,
     consent: Consent | None = None,
+    ahead: Ahead | None = None,
 ) -> Pushed:
     """Send a finished output to the repository `repo` of the Hub, which is made if need be.
 
     A card is written there, or the one that exists completed; `base` is the base model's name on
     the Hub, by default the one that an adapter's config names. Files that are there with other
     contents are replaced, and weights that the output has not are removed, only if `consent` says
-    so; a pull request asks others, so it needs none.
+    so; a pull request asks others, so it needs none. What `ahead`, of the same repository, has sent
+    while the output was made is not sent again.
 
     Raises InputError, OutputError without consent, HubError, and VerificationError.
     """
     how = how or PushOptions()
     check_names(repo, how)
+    early = None if ahead is None else ahead.settled()
     files = files_of(folder)
     if not any(name.endswith(_WEIGHTS) for name in files):
         hint = "Push the folder that merge, to-lora or convert printed."
@@ -80,7 +84,8 @@ def push(
     changes = compared(target, files)
     if (changes.replaced or changes.removed) and not how.create_pr and not how.dry_run:
         require_consent(consent, repo, changes)
-    pushed = send(target, changes, files, how, dry_run=how.dry_run)
+    origin = figures_of(own or "").get("base")
+    pushed = send(target, changes, files, how, ahead=early, origin=origin, dry_run=how.dry_run)
     return replace(pushed, notes=tuple(notes))
 
 

@@ -127,13 +127,16 @@ def checked(
 
     reader = open_reader()
     cores = worker_count(None)
-    problems = [*proposal.problems, *nonfinite(adapter, reader, workers=cores)]
+    undefined = nonfinite(adapter, reader, workers=cores)
+    problems = [*proposal.problems, *undefined]
     where = (
         f"adapter   {name}   ({adapter.format}, {len(adapter.modules)} modules)",
         f"base      {base}",
     )
     if problems:
         hint = f"The adapter was trained on {adapter.base_model}." if adapter.base_model else ""
+        if undefined:
+            hint = f"{hint} --exclude leaves out modules whose values are no numbers.".strip()
         raise MismatchError(
             "the adapter does not fit this base", where=where, problems=problems, hint=hint
         )

@@ -21,15 +21,22 @@ __all__ = ["open_journal"]
 
 # They decide whether, where and how fast, not what.
 _NO_MATTER = frozenset(
-    {"device", "dry_run", "keep_zero_rows", "low_disk", "max_memory", "min_survival", "overwrite"}
-    | {"restart", "samples", "workers"}
+    {"device", "dry_run", "keep_zero_rows", "max_memory", "min_survival", "overwrite", "restart"}
+    | {"samples", "workers"}
 )
 
 
 def open_journal(
-    plan: Plan, how: MergeOptions, options: ReadOptions, devices: Iterable[torch.device]
+    plan: Plan,
+    how: MergeOptions,
+    options: ReadOptions,
+    devices: Iterable[torch.device],
+    sent_to: str | None = None,
 ) -> tuple[Journal, Inputs]:
-    """The journal of this merge on `devices`, and the files that it reads, as they are now."""
+    """The journal of this merge on `devices`, and the files that it reads, as they are now.
+
+    `sent_to` is where its shards go, if they do not stay here.
+    """
     import torch
 
     given = {
@@ -38,10 +45,12 @@ def open_journal(
         for field in fields(group)
         if field.name not in _NO_MATTER
     }
+    given["push_to_hub"] = sent_to
     versions = {
         "dora-convert": __version__,
         "torch": str(torch.__version__),
         "device": ", ".join(sorted({device.type for device in devices})),
     }
     mark, inputs = fingerprint(plan, versions=versions, options=given)
-    return Journal(mark, [shard.file for shard in plan.shards], inputs), inputs
+    files = [shard.file for shard in plan.shards]
+    return Journal(mark, files, inputs, away=sent_to is not None), inputs

@@ -9,6 +9,7 @@ from dora_convert.api.reading import worker_count
 from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, MagnitudeKind, RowOrder
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.evidence import Subject
+from dora_convert.core.tensors import Slice, TensorRef
 from dora_convert.planning.doubts import without_doubts
 from dora_convert.planning.roworder import head_rows, in_base_order, unclear
 from dora_convert.planning.settle import squares, subjects, with_axis, with_bias_rule
@@ -31,7 +32,12 @@ def settled(
     magnitudes.
     """
     from dora_convert.execution.decoding import open_reader
-    from dora_convert.execution.settle import axis_moments, order_moments, samples
+    from dora_convert.execution.settle import (
+        axis_moments,
+        order_moments,
+        sampled_rows,
+        samples,
+    )
 
     reader, workers = open_reader(), worker_count(None)
     found = subjects(adapter, checkpoint, transposed=transposed)
@@ -45,7 +51,10 @@ def settled(
     if adapter is not given:
         found = subjects(adapter, checkpoint, transposed=transposed)
     by_row = [s for s in found if _is_norm_by_row(s)]
-    seen = samples([s for s in by_row if _is_in_order(s)], reader, workers=workers)
+    in_order = [s for s in by_row if _is_in_order(s)]
+    if not ahead:
+        fetch_rows(rows for rows in sampled_rows(in_order) if _is_by_row(rows[0]))
+    seen = samples(in_order, reader, workers=workers)
     dim = head_rows(checkpoint.config)
     evidence = {}
     if dim is not None:
@@ -59,6 +68,10 @@ def _is_norm_by_row(subject: Subject) -> bool:
     module = subject.module
     is_norm = module.magnitude_is is MagnitudeKind.NORM
     return is_norm and module.axis is MagnitudeAxis.OUT and not subject.is_transposed
+
+
+def _is_by_row(ref: TensorRef) -> bool:
+    return isinstance(ref.source, Slice) and ref.is_contiguous
 
 
 def _is_in_order(subject: Subject) -> bool:

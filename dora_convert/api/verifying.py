@@ -1,4 +1,4 @@
-"""`verify`: a merged checkpoint, hashed and recomputed."""
+"""`verify`: an output's files hashed, and a merged checkpoint recomputed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def verify(
 ) -> Verification:
     """Compare the files with their hashes, and recompute them from adapter and base.
 
-    Without an adapter the hashes alone are compared; without hashes, which are there if `merge`
-    wrote the output, the recomputation is all. Raises VerificationError, with all that differs,
-    InputError where there is neither, and for what cannot be read.
+    Without an adapter the hashes alone are compared, of whatever output; without hashes, as in
+    another tool's checkpoint, the recomputation is all. Raises VerificationError, with all that
+    differs, InputError where there is neither, and for what cannot be read.
     """
-    require_path(output, "checkpoint")
+    require_path(output, "output")
     hashed, changed = 0, list[str]()
     if has_sums(output):
         hashed, changed = changed_files(output, workers=worker_count(None))
@@ -66,7 +66,7 @@ def _by_hashes(output: Path, hashed: int, changed: list[str]) -> Verification:
             "files were changed, or damaged, since they were written",
             where=f"output    {output}",
             problems=changed,
-            hint="Merge again, or copy them again from where they are whole.",
+            hint="Write them anew, or copy them from where they are whole.",
         )
     if not hashed:
         what = f"{output.name or output} holds no {SUMS}, the list of its files' hashes"

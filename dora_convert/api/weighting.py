@@ -23,26 +23,32 @@ __all__ = ["check_weighting", "weighting"]
 _KNOWN = ("plain", "norm")
 
 
-def check_weighting(weight: str, stats: Path | None) -> None:
+def check_weighting(weight: str | None, stats: Path | None) -> None:
     """Raise InputError for a name that is none, and for two ways at once."""
-    if weight not in _KNOWN:
+    if weight is not None and weight not in _KNOWN:
         known = ", ".join(_KNOWN)
         raise InputError(f"there is no weighting named {weight!r}", hint=f"Known: {known}.")
-    if stats is not None and weight != "plain":
+    if stats is not None and weight not in (None, "plain"):
         raise InputError("weight and stats exclude each other")
 
 
 def weighting(
-    weight: str,
+    weight: str | None,
     stats: Path | None,
     layers: Sequence[LoraLayer],
     names: Resolver,
     checkpoint: Checkpoint,
 ) -> tuple[Weights | None, list[str]]:
-    """What `project` asks for each module's weight, None for plain, and notes on what it leaves."""
+    """What `project` asks for each module's weight, None for plain, and notes on what it leaves.
+
+    A `weight` of None is "norm" without notes: nobody asked for it.
+    """
     if stats is not None:
         return _by_stats(stats, layers, checkpoint)
-    return _by_norm(layers, names, checkpoint) if weight == "norm" else (None, [])
+    if weight == "plain":
+        return None, []
+    weights, notes = _by_norm(layers, names, checkpoint)
+    return weights, notes if weight is not None else []
 
 
 def _by_norm(
@@ -63,7 +69,10 @@ def _by_norm(
     def weights(path: str) -> tuple[Weight, bool] | None:
         if path not in gains:
             return None
-        return Weight(None, reader.load(gains[path]).double() + shift), linear[path].flipped
+        gain = reader.load(gains[path]).double() + shift
+        # One gain for all inputs weights nothing, and numbers that are none weight nothing well.
+        uneven = bool(gain.isfinite().all()) and bool((gain != gain[0]).any())
+        return (Weight(None, gain), linear[path].flipped) if uneven else None
 
     without = sum(not layer.empty for layer in layers) - len(gains)
     return weights, [f"{without} modules have no known norm before them: plain"] if without else []

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -43,6 +44,9 @@ def guarded(command: click.Command) -> NoReturn:
     # Python gives signals back their default meaning, death, some time before it is gone.
     _handle_signals(signal.SIG_IGN)
     _flush_notes()
+    if code and any(thread.daemon for thread in threading.enumerate()):
+        # One that is still sending cannot be ended, and Python may abort over it at its own end.
+        os._exit(code)
     sys.exit(code)
 
 

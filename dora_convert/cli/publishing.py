@@ -15,6 +15,7 @@ from dora_convert.cli.params import stacked
 
 if TYPE_CHECKING:
     from dora_convert.api import Consent, PushOptions, Upload
+    from dora_convert.hub.ahead import Ahead
     from dora_convert.hub.push import Changes, Pushed
 
 __all__ = ["Sending", "asking", "how_to_push", "place_options", "push_options", "show_pushed"]
@@ -30,6 +31,7 @@ class Sending:
     ) -> None:
         self._repo, self._how, self._consent = repo, how, consent
         self._stream: Upload | None = None
+        self._ahead: Ahead | None = None
 
     def check(self) -> None:
         """Raise what the push would, as far as it is known before there is a result."""
@@ -38,14 +40,25 @@ class Sending:
 
             api.check_push(self._repo, how=self._how, consent=self._consent)
 
-    def stream(self) -> Upload | None:
-        """What takes the files of a result one by one, as they are made."""
+    @property
+    def has_all(self) -> bool:
+        """Whether the result is on the Hub alone."""
+        return self._stream is not None
+
+    def by_shard(self, *, low_disk: bool) -> Upload | Ahead | None:
+        """What takes the files of a result one by one, as they are made.
+
+        With `low_disk` they are deleted here; else they are sent, and committed with the rest.
+        """
         if self._repo is None:
             return None
         from dora_convert import api
 
-        self._stream = api.Upload(self._repo, how=self._how, consent=self._consent)
-        return self._stream
+        if low_disk:
+            self._stream = api.Upload(self._repo, how=self._how, consent=self._consent)
+            return self._stream
+        self._ahead = api.send_ahead(self._repo, how=self._how)
+        return self._ahead
 
     def __call__(self, output: str | None) -> Pushed | None:
         """Send a finished result, if there is one that was not sent as it was made."""
@@ -56,9 +69,12 @@ class Sending:
         from dora_convert import api
 
         try:
-            return api.push(Path(output), self._repo, how=self._how, consent=self._consent)
+            return api.push(
+                Path(output), self._repo, how=self._how, consent=self._consent, ahead=self._ahead
+            )
         except BaseException as error:
-            error.add_note(f"The result is in {output}; push sends it from there.")
+            again = f"dora-convert push {output} {self._repo}"
+            error.add_note(f"The result is in {output}; to send it from there: {again}")
             raise
 
 
@@ -156,9 +172,10 @@ def show_pushed(pushed: Pushed | None) -> None:
     for text in pushed.notes:
         note(f"Note: {printable(text)}")
     verb = "would send" if pushed.dry_run else "sent"
+    copied = f"had {len(pushed.copied)} copied on the Hub, " if pushed.copied else ""
     note(
-        f"{verb} {len(pushed.sent)} files, {size(pushed.nbytes)}; removed {len(pushed.removed)}, "
-        f"unchanged {len(pushed.unchanged)}"
+        f"{verb} {len(pushed.sent)} files, {size(pushed.nbytes)}; {copied}"
+        f"removed {len(pushed.removed)}, unchanged {len(pushed.unchanged)}"
     )
     if pushed.dry_run:
         note(f"files: {printable(', '.join((*pushed.sent, *pushed.removed)) or 'none')}")

@@ -9,6 +9,8 @@ from dora_convert.maths.dora import RowFaults
 
 __all__ = ["raise_faults"]
 
+_LEAVE_OUT = "--exclude leaves such modules as they are in the base."
+
 
 def raise_faults(
     found: Mapping[str, RowFaults], what: str, *, keep_zero_rows: bool = False, hint: str = ""
@@ -17,9 +19,10 @@ def raise_faults(
 
     With `keep_zero_rows` rows of norm 0 are none. `hint` says what may be done about them.
     """
-    problems, zero = [], False
+    problems, zero, nonfinite = [], False, False
     for name, faults in sorted(found.items()):
         if faults.nonfinite:
+            nonfinite = True
             problems.append(
                 f"{name}: {faults.nonfinite} rows are NaN or infinite, in the base or once the "
                 "update is added"
@@ -32,4 +35,5 @@ def raise_faults(
         if faults.overflow:
             problems.append(f"{name}: {faults.overflow} values are too large for float16")
     if problems:
-        raise MismatchError(what, problems=problems, hint=hint if zero else "")
+        hints = (hint if zero else "", _LEAVE_OUT if nonfinite else "")
+        raise MismatchError(what, problems=problems, hint=" ".join(filter(None, hints)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.tensors import Reshaped, TensorRef
-from dora_convert.execution.sampling import indices, spread
+from dora_convert.execution.sampling import runs, spread, taken
 from dora_convert.execution.threads import in_threads
 from dora_convert.storage.reader import Reader
 
@@ -107,10 +107,10 @@ def fingerprint(plan: Plan, reader: Reader, *, workers: int) -> Fingerprint | No
 
     def compare(pair: tuple[TensorRef, DoraModule, int, int, int]) -> None:
         base, module, start, offset, count = pair
-        picked = indices(count, _ROWS)
-        norms = torch.linalg.vector_norm(_rows(base, start + picked, reader), dim=1)
+        picked = runs(count, _ROWS)
+        norms = torch.linalg.vector_norm(_rows(base, picked, reader, start), dim=1)
         assert module.magnitude is not None
-        magnitude = reader.load(module.magnitude).double()[offset + picked].abs()
+        magnitude = taken(reader.load(module.magnitude)[offset:], picked).double().abs()
         used = (norms > 0) & (magnitude > 0)
         if int(used.sum()) > 1:
             logs.append((magnitude[used].log(), norms[used].log()))
@@ -143,7 +143,7 @@ def copy_differences(
         if module.weight is None or module.path not in bases:
             continue
         copy, base = module.weight, bases[module.path]
-        rows = indices(min(copy.spec.shape[0], base.spec.shape[0]), _ROWS)
+        rows = runs(min(copy.spec.shape[0], base.spec.shape[0]), _ROWS)
         mine, theirs = _rows(copy, rows, reader), _rows(base, rows, reader)
         scale = theirs.abs().amax()
         if bool(((mine - theirs).abs() > 0.01 * theirs.abs() + 1e-3 * scale).any()):
@@ -151,8 +151,11 @@ def copy_differences(
     return different
 
 
-def _rows(ref: TensorRef, rows: Tensor, reader: Reader) -> Tensor:
-    matrix = ref.matrix()
-    buffer = torch.empty(matrix.spec.row_bytes, dtype=torch.uint8)
+def _rows(ref: TensorRef, rows: Sequence[range], reader: Reader, first: int = 0) -> Tensor:
+    """These rows, counted from `first`; float64."""
+    matrix, found = ref.matrix(), []
     with reader.rows(matrix) as blocks:
-        return torch.cat([blocks.read(i, i + 1, buffer).double() for i in rows.tolist()])
+        for run in rows:
+            buffer = torch.empty(matrix.spec.row_bytes * len(run), dtype=torch.uint8)
+            found.append(blocks.read(first + run.start, first + run.stop, buffer).double())
+    return torch.cat(found)

@@ -9,9 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["indices", "spread"]
+__all__ = ["runs", "spread", "taken"]
 
 T = TypeVar("T")
+
+_RUN = 8
 
 
 def spread(items: Sequence[T], count: int) -> Sequence[T]:
@@ -19,6 +21,17 @@ def spread(items: Sequence[T], count: int) -> Sequence[T]:
     return items[:: max(1, math.ceil(len(items) / count))]
 
 
-def indices(count: int, wanted: int) -> Tensor:
-    """Row numbers from the first of `count` to the last, at most `wanted`, int64."""
-    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
+def runs(count: int, wanted: int) -> list[range]:
+    """At most `wanted` row numbers of `count`, from the first to the last, in some stretches.
+
+    One read, or one request to the Hub, brings a stretch.
+    """
+    if count <= wanted:
+        return [range(count)]
+    starts = torch.linspace(0, count - _RUN, wanted // _RUN).round().long().tolist()
+    return [range(start, start + _RUN) for start in starts]
+
+
+def taken(tensor: Tensor, rows: Sequence[range]) -> Tensor:
+    """These rows of it, one after the other."""
+    return torch.cat([tensor[run.start : run.stop] for run in rows])

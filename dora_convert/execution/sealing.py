@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dora_convert.core.plan import Plan
 from dora_convert.execution.units import Unit
+from dora_convert.storage.room import require_room
 from dora_convert.storage.shards import ShardWriter
 
 __all__ = ["OpenShards", "Sealer"]
@@ -62,6 +63,7 @@ class Sealer:
         self._queue: queue.SimpleQueue[tuple[int, ShardWriter] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._seal, name="sealer", daemon=True)
+        require_room(1)
         self._thread.start()
 
     def put(self, index: int, writer: ShardWriter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,11 +12,11 @@ from dora_convert.core.adapter import MagnitudeAxis, RowOrder
 from dora_convert.core.evidence import Moments, Sample, Stretch, Subject
 from dora_convert.core.heads import reordered
 from dora_convert.core.tensors import TensorRef
-from dora_convert.execution.sampling import indices, spread
+from dora_convert.execution.sampling import runs, spread, taken
 from dora_convert.execution.threads import in_threads
 from dora_convert.storage.reader import Reader
 
-__all__ = ["axis_moments", "order_moments", "samples"]
+__all__ = ["axis_moments", "order_moments", "sampled_rows", "samples"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,16 @@ def samples(subjects: Sequence[Subject], reader: Reader, *, workers: int) -> lis
 
     in_threads(spread(subjects, _SAMPLED), measure, workers)
     return sorted(found, key=lambda sample: sample.subject.module.path)
+
+
+def sampled_rows(subjects: Sequence[Subject]) -> Iterator[tuple[TensorRef, int, int]]:
+    """What `samples` will read of the weights: rows `start:stop`."""
+    for subject in spread(subjects, _SAMPLED):
+        magnitude = subject.module.magnitude
+        assert magnitude is not None
+        for run in runs(magnitude.spec.numel, _ROWS):
+            for part, rows in _stretches(subject.weight, run):
+                yield part.base, rows.start, rows.stop
 
 
 def axis_moments(
@@ -88,9 +98,9 @@ def _pooled(
 
 def _sample(subject: Subject, reader: Reader) -> Sample | None:
     m = _magnitude(subject.module.magnitude, reader)
-    picked = indices(len(m), _ROWS)
-    norms = _picked_norms(subject.weight, picked, reader)
-    m = m[picked]
+    picked = runs(len(m), _ROWS)
+    norms = torch.cat([_norms_of(subject.weight, run, reader) for run in picked])
+    m = taken(m, picked)
     used = (m > 0) & (norms > 0)
     if int(used.sum()) < 2:
         return None
@@ -123,19 +133,25 @@ def _magnitude(ref: TensorRef | None, reader: Reader) -> Tensor:
     return reader.load(ref).double().abs()
 
 
-def _picked_norms(weight: Sequence[Stretch], picked: Tensor, reader: Reader) -> Tensor:
-    norms = torch.zeros(len(picked), dtype=torch.float64)
+def _stretches(weight: Sequence[Stretch], run: range) -> Iterator[tuple[Stretch, range]]:
+    """Where the rows of a module lie: in which tensors, and in which rows of each."""
     offset = 0
     for part in weight:
-        inside = (picked >= offset) & (picked < offset + part.stop - part.start)
-        places = (picked[inside] - offset + part.start).tolist()
-        buffer = torch.empty(part.base.spec.row_bytes, dtype=torch.uint8)
-        with reader.rows(part.base) as blocks:
-            found = [blocks.read(i, i + 1, buffer).double().norm() for i in places]
-        if found:
-            norms[inside] = torch.stack(found)
+        shift = part.start - offset
+        rows = range(max(run.start + shift, part.start), min(run.stop + shift, part.stop))
+        if rows:
+            yield part, rows
         offset += part.stop - part.start
-    return norms
+
+
+def _norms_of(weight: Sequence[Stretch], run: range, reader: Reader) -> Tensor:
+    norms = []
+    for part, rows in _stretches(weight, run):
+        buffer = torch.empty(part.base.spec.row_bytes * len(rows), dtype=torch.uint8)
+        with reader.rows(part.base) as blocks:
+            block = blocks.read(rows.start, rows.stop, buffer).double()
+            norms.append(block.flatten(1).norm(dim=1))
+    return torch.cat(norms) if norms else torch.zeros(0, dtype=torch.float64)
 
 
 def _norms(subject: Subject, reader: Reader) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from dora_convert.storage.room import require_room
+
 __all__ = ["in_threads"]
 
 T = TypeVar("T")
@@ -37,8 +39,10 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
     threads = [threading.Thread(target=loop, daemon=True) for _ in range(min(workers, len(work)))]
     with _single_threaded_torch():
         try:
-            for thread in threads:
-                thread.start()
+            require_room(len(threads))
+            with lock:  # none takes memory for its work before all are there
+                for thread in threads:
+                    thread.start()
             _join(threads)
         except BaseException as error:  # an interrupt arrives here, in the main thread
             errors.append(error)

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     from dora_convert.hub.refs import Ref
 
-__all__ = ["endpoint", "is_offline", "open_api", "patiently", "pauses", "sentences", "tree"]
+__all__ = [
+    "endpoint",
+    "is_offline",
+    "open_api",
+    "patiently",
+    "pauses",
+    "sentences",
+    "tree",
+    "without_bars",
+]
 
 T = TypeVar("T")
 
@@ -37,6 +46,26 @@ def open_api() -> HfApi:
         disable_progress_bars()
     logging.get_logger().setLevel("ERROR")  # it tells of every retry
     return HfApi(library_name="dora-convert")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars of the client's, where ours is on the terminal."""
+    from huggingface_hub import constants  # noqa: PLC0415
+    from huggingface_hub.utils.tqdm import (  # noqa: PLC0415
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def is_offline() -> bool:

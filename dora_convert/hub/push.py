@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from dora_convert.errors import HubError
 from dora_convert.hub.client import endpoint, open_api, sentences, tree
-from dora_convert.hub.refs import Ref
+from dora_convert.hub.copying import Originals
+from dora_convert.hub.refs import Ref, parse_ref
 from dora_convert.hub.upload import Content, Upload, is_same, size_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "Target",
     "begin",
     "check_card",
+    "committed",
     "compared",
     "is_text",
     "is_weights",
@@ -60,7 +62,10 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What was sent, or would be. `commit` is empty if there was nothing to commit."""
+    """What was sent, or would be. `commit` is empty if there was nothing to commit.
+
+    `copied` are files that the Hub took from the base by itself.
+    """
 
     repo: str
     url: str
@@ -71,6 +76,7 @@ class Pushed:
     nbytes: int
     dry_run: bool
     notes: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,71 +196,122 @@ def send(
     files: Mapping[str, Content],
     to: Destination,
     *,
+    ahead: Upload | None = None,
+    origin: str | None = None,
     dry_run: bool = False,
 ) -> Pushed:
     """Make the changes, and check that the Hub holds what was sent.
 
-    Readers see the old files or all of the new ones. Raises HubError, also if the repository was
-    changed since it was looked at, and VerificationError.
+    What is in `ahead` was sent before. `origin`, as `org/name@commit`, may hold some of the files
+    already. Readers see the old files or all of the new ones. Raises HubError, also if the
+    repository was changed since it was looked at, and VerificationError.
     """
-    sent, commit, page = changes.sent, "", ""
+    sent, copied, commit, page = changes.sent, set[str](), "", ""
     if (changes.sent or changes.removed) and not dry_run:
         with sentences(target.api, target.ref):
-            known = _open_pull(target, changes, files, to) if to.create_pr else None
+            known = _proposed(target, changes, files, to) if to.create_pr else None
             if known is not None:
-                sent = ()
-            commit, page = known or _committed(target, changes, files, to)
+                sent, (commit, page) = (), known
+            else:
+                check_card(files.get("README.md"))
+                upload = begin(target, to, origin, ahead)
+                for name in changes.sent:
+                    upload.add(name, files[name], at_once=is_weights(name))
+                commit, page = committed(target, upload, to, changes.removed)
+                copied = {*upload.copied}.intersection(changes.sent)
+    sent = tuple(name for name in sent if name not in copied)
     return Pushed(
         repo=target.ref.repo,
         url=page or page_of(target),
         commit=commit,
         sent=sent,
         removed=changes.removed,
-        unchanged=tuple(sorted({*files}.difference(sent))),
+        unchanged=tuple(sorted({*files}.difference(sent, copied))),
         nbytes=sum(size_of(files[name]) for name in sent),
         dry_run=dry_run,
+        copied=tuple(sorted(copied)),
     )
 
 
-def _committed(
-    target: Target, changes: Changes, files: Mapping[str, Content], to: Destination
+def committed(
+    target: Target, upload: Upload, to: Destination, removed: Sequence[str]
 ) -> tuple[str, str]:
-    check_card(files.get("README.md"))
-    upload = begin(target, to)
-    for name in changes.sent:
-        upload.add(name, files[name], at_once=is_weights(name))
-    return upload.commit(to.message, changes.removed)
+    """Make the commit; its hash, and the address of the pull request if it is one.
+
+    Of a pull request whose answer is lost it is not known whether it was opened. So one is looked
+    for before, which an earlier run may have opened, and after a failure.
+    """
+
+    def proposed() -> tuple[str, str] | None:
+        return _open_pull(target, to, lambda held: not upload.differences(held), removed)
+
+    if not to.create_pr:
+        return upload.commit(to.message, removed)
+    try:
+        return proposed() or upload.commit(to.message, removed)
+    except Exception:
+        found = proposed()
+        if found is None:
+            raise
+        return found
+
+
+def _proposed(
+    target: Target, changes: Changes, files: Mapping[str, Content], to: Destination
+) -> tuple[str, str] | None:
+    """The pull request that holds these files, before any of them is sent."""
+
+    def is_held(held: Mapping[str, RepoFile]) -> bool:
+        return all(name in held and is_same(files[name], held[name]) for name in changes.sent)
+
+    return _open_pull(target, to, is_held, changes.removed)
 
 
 def _open_pull(
-    target: Target, changes: Changes, files: Mapping[str, Content], to: Destination
+    target: Target,
+    to: Destination,
+    is_held: Callable[[Mapping[str, RepoFile]], bool],
+    removed: Sequence[str],
 ) -> tuple[str, str] | None:
-    """Commit and address of a pull request that proposes just this.
-
-    It is there if the same push was made before, though nobody may have heard the answer.
-    """
+    """Commit and address of our own open pull request that proposes just this."""
     api, repo = target.api, target.ref.repo
-    pulls = api.get_repo_discussions(repo, discussion_type="pull_request", discussion_status="open")
+    pulls = api.get_repo_discussions(
+        repo,
+        author=api.whoami()["name"],
+        discussion_type="pull_request",
+        discussion_status="open",
+    )
     for pull in islice(pulls, _PULLS):
         if pull.title != to.message:
             continue
         revision = f"refs/pr/{pull.num}"
         held = tree(api, repo, revision)
-        same = all(name in held and is_same(files[name], held[name]) for name in changes.sent)
-        if same and not held.keys() & {*changes.removed}:
+        if is_held(held) and not held.keys() & {*removed}:
             return str(api.model_info(repo, revision=revision).sha), pull.url
     return None
 
 
-def begin(target: Target, to: Destination) -> Upload:
-    """Make repository and branch if need be; nothing else is changed before the commit."""
+def begin(
+    target: Target, to: Destination, origin: str | None = None, ahead: Upload | None = None
+) -> Upload:
+    """Make repository and branch if need be; nothing else is changed before the commit.
+
+    What is in `ahead` was sent to this repository before; the files of `origin` can be copied.
+    """
     api, repo, parent = target.api, target.ref.repo, target.parent
+    if ahead is not None and parent is not None:
+        ahead.rebase(parent)
+        return ahead
     if parent is None:
         api.create_repo(repo, private=to.private)
         parent = str(api.model_info(repo).sha)
     if not target.has_branch:
         api.create_branch(repo, branch=str(to.revision), revision=parent)
-    return Upload(api, repo, parent, {"revision": to.revision, "create_pr": to.create_pr})
+    source = None if origin is None else parse_ref(origin)
+    originals = None if source is None else Originals(api, source, repo)
+    return Upload(
+        api, repo, parent, {"revision": to.revision, "create_pr": to.create_pr}, originals
+    )
 
 
 def check_card(card: Content | None) -> None:

@@ -53,7 +53,7 @@ def _numbered(groups: Sequence[Sequence[Job]]) -> tuple[Shard, ...]:
 
 
 def _safetensors_name(file: str) -> str:
-    name = re.sub(r"\.(bin|pt|pth)$", ".safetensors", file)
+    name = re.sub(r"\.(bin|gguf|pt|pth)$", ".safetensors", file)
     return re.sub(r"^pytorch_model(?=[-.])", "model", name)
 
 

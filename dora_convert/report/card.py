@@ -14,6 +14,7 @@ _NO_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null"})  # in 
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---[ \t]*\r?\n?", re.DOTALL | re.MULTILINE)
 _SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n?", re.DOTALL)
 _ROW = re.compile(r"^\| ([^|\n-][^|\n]*) \| ([^|\n]+) \|$", re.MULTILINE)
+_DIFFUSERS, _MLX = "pytorch_lora_weights.safetensors", "adapters.safetensors"
 _HERE = "."  # the repository, as long as it has no name: the folder that the card lies in
 _UNNAMED = "Model"
 
@@ -24,14 +25,15 @@ class CardFacts:
 
     `base_model` is its name on the Hub, never a folder; `license` what its card says of that, by
     the card's keys. `adapter` is the config of an adapter, PEFT's or another, and None for a
-    checkpoint; `scheme` is what a checkpoint's weights are quantised with. `figures` are what the
-    run that made it found out, by name.
+    checkpoint; `weights` is the file of one that is not PEFT's. `scheme` is what a checkpoint's
+    weights are quantised with. `figures` are what the run that made it found out, by name.
     """
 
     repo: str = _HERE
     base_model: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     adapter: Mapping[str, object] | None = None
+    weights: str = ""
     scheme: str | None = None
     architecture: str | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
@@ -107,6 +109,9 @@ def _metadata(facts: CardFacts) -> dict[str, str | list[str]]:
     elif _is_peft(facts.adapter):
         found["library_name"] = "peft"
         tags += ["dora"] if facts.adapter.get("use_dora") else ["lora"]
+    elif facts.weights == _DIFFUSERS:
+        found["library_name"] = "diffusers"
+        tags += ["lora"]
     found["tags"] = tags
     found |= facts.license
     if (facts.architecture or "").endswith("ForCausalLM"):
@@ -132,7 +137,8 @@ def _section(facts: CardFacts) -> str:
     if facts.adapter is None:
         stored = f", with weights stored as {facts.scheme}" if facts.scheme else ""
         text = f"A DoRA adapter merged into {of}{stored}: a checkpoint that loads as the base does."
-        loading = _loading(_merged_code(facts), f"vllm serve {facts.repo}")
+        commands = [f"vllm serve {facts.repo}", *_to_gguf(facts)]
+        loading = _loading(_merged_code(facts), *commands)
     elif _is_peft(facts.adapter):
         kind = "DoRA" if facts.adapter.get("use_dora") else "LoRA"
         text = f"A {kind} adapter of {of}."
@@ -144,6 +150,7 @@ def _section(facts: CardFacts) -> str:
         loading = _loading(_adapter_code(facts), command)
     else:
         text = f"An adapter of {of}, in the layout of who is to load it."
+        loading = _loading_elsewhere(facts)
     # Its config says what it is; what is found out about it comes after.
     rows |= {name: value for name, value in facts.figures.items() if name not in rows}
     return "\n\n".join(part for part in (text, _table(rows), loading) if part)
@@ -170,9 +177,43 @@ def _cell(text: str) -> str:
     return re.sub(r"[|\s]+", " ", text).strip() or "none"
 
 
-def _loading(code: str, command: str) -> str:
-    text = f"```python\n{code}\n```"
-    return text + (f"\n\n```console\n$ {command}\n```" if command else "")
+def _loading(code: str, *commands: str) -> str:
+    lines = "".join(f"$ {command}\n" for command in commands if command)
+    blocks = (("python", f"{code}\n" if code else ""), ("console", lines))
+    return "\n\n".join(f"```{name}\n{text}```" for name, text in blocks if text)
+
+
+def _loading_elsewhere(facts: CardFacts) -> str:
+    """In the program whose file it is; of other files it is not known."""
+    base = facts.base_model or "BASE"
+    if facts.weights == _DIFFUSERS:
+        return _loading(
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipeline = DiffusionPipeline.from_pretrained("{base}")\n'
+            f'pipeline.load_lora_weights("{facts.repo}")'
+        )
+    if facts.weights == _MLX:
+        command = f"mlx_lm.generate --model {base} --adapter-path {_folder(facts)}"
+        return _loading("", _fetching(facts), command)
+    if facts.weights.endswith(".gguf"):
+        file = f"{_folder(facts)}/{facts.weights}"
+        return _loading("", _fetching(facts), f"llama-cli -m BASE.gguf --lora {file}")
+    return ""
+
+
+def _to_gguf(facts: CardFacts) -> list[str]:
+    """Commands for llama.cpp, which has a file format of its own and reads dense weights alone."""
+    if facts.scheme or not (facts.architecture or "").endswith("ForCausalLM"):
+        return []
+    return [_fetching(facts), f"convert_hf_to_gguf.py {_folder(facts)}"]
+
+
+def _folder(facts: CardFacts) -> str:
+    return _HERE if facts.repo == _HERE else facts.name
+
+
+def _fetching(facts: CardFacts) -> str:
+    return "" if facts.repo == _HERE else f"hf download {facts.repo} --local-dir {facts.name}"
 
 
 def _auto_class(facts: CardFacts) -> str:

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +33,7 @@ _MAX_METADATA = 10_000
 _MAX_NAME = 1000
 _MAX_RANK = 16
 _MOST = 2**63 - 1  # elements
+_MAX_KINDS = 1000
 _MAX_ENTRY = 2000  # characters of one tensor's `{...}`; sixteen axes of 19 digits take 400
 _KEYS = {"dtype", "shape", "data_offsets"}
 _DTYPES = {dtype.label: dtype for dtype in DType}
@@ -113,15 +113,12 @@ def read_header(file: Path) -> dict[str, TensorRef]:
         with opened(file) as (fd, size):
             length = _length(fd, file, size)
             text = _decoded(pread_exactly(fd, file, length=length, offset=8))
-        places = _parse(text)
-        _check_cover(places.values(), size - 8 - length)
+        header = _Header(file, 8 + length)
+        header.parse(text)
+        header.check_cover(size - 8 - length)
     except _FaultError as fault:
         raise InputError(f"{file.name} {fault}", where=str(file), hint=fault.hint) from fault
-    data = 8 + length
-    return {
-        name: TensorRef(spec=spec, source=Slice(file, data + begin), stored=spec)
-        for name, (spec, begin, _) in places.items()
-    }
+    return header.refs
 
 
 class _FaultError(ValueError):
@@ -130,9 +127,6 @@ class _FaultError(ValueError):
     def __init__(self, text: str, hint: str = _AGAIN) -> None:
         super().__init__(text)
         self.hint = hint
-
-
-_Place = tuple[TensorSpec, int, int]  # with where its bytes begin and end
 
 
 def _length(fd: int, file: Path, size: int) -> int:
@@ -159,28 +153,80 @@ def _decoded(raw: bytes) -> str:
         raise _FaultError("has a broken header: it is not UTF-8") from error
 
 
-def _parse(text: str) -> dict[str, _Place]:
-    """Tensor by tensor, so that a hostile header costs no more memory than an honest one."""
-    if not text.startswith("{"):
-        raise _FaultError("has a broken header: it is not a JSON object")
-    places: dict[str, _Place] = {}
-    metadata = False
-    for name, value in _members(text):
-        if name in places or (name == "__metadata__" and metadata):
-            raise _FaultError(f"names {quoted(name)} twice in its header")
-        if name == "__metadata__":
-            metadata = True
-            continue
-        if len(places) == _MAX_TENSORS:
-            raise _FaultError(f"holds more than {_MAX_TENSORS} tensors")
-        if not name or not name.isprintable():
-            raise _FaultError(f"has a tensor whose name {quoted(name)} is empty or unprintable")
-        try:
-            places[name] = _entry(name, value)
-        except _FaultError as fault:
-            at = f"has a broken header at tensor {quoted(name)}: {fault}"
-            raise _FaultError(at, fault.hint) from fault
-    return places
+class _Header:
+    """Read tensor by tensor, so that a hostile header costs no more memory than an honest one."""
+
+    def __init__(self, file: Path, data: int) -> None:
+        self.refs: dict[str, TensorRef] = {}
+        self._file = file
+        self._data = data  # where the tensors' bytes begin
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._kinds = _Kinds()
+
+    def parse(self, text: str) -> None:
+        if not text.startswith("{"):
+            raise _FaultError("has a broken header: it is not a JSON object")
+        refs, metadata = self.refs, False
+        for name, value in _members(text):
+            if name in refs or (name == "__metadata__" and metadata):
+                raise _FaultError(f"names {quoted(name)} twice in its header")
+            if name == "__metadata__":
+                metadata = True
+                continue
+            if len(refs) == _MAX_TENSORS:
+                raise _FaultError(f"holds more than {_MAX_TENSORS} tensors")
+            if not name or not name.isprintable():
+                raise _FaultError(f"has a tensor whose name {quoted(name)} is empty or unprintable")
+            try:
+                self._add(name, value)
+            except _FaultError as fault:
+                at = f"has a broken header at tensor {quoted(name)}: {fault}"
+                raise _FaultError(at, fault.hint) from fault
+
+    def _add(self, name: str, value: re.Match[str] | str) -> None:
+        if isinstance(value, str):
+            label, counts, begin, end = _entry(value)
+        else:
+            _, label, counts, first, last = value.groups()
+            begin, end = int(first), int(last)
+        dtype, shape, nbytes = self._kinds[label, counts]
+        if end - begin != nbytes:
+            raise _FaultError(
+                f"{dtype.label} {list(shape)} takes {nbytes} bytes, "
+                f"its data_offsets {begin} to {end} span {end - begin}"
+            )
+        spec = TensorSpec(name, dtype, shape)
+        self.refs[name] = TensorRef(spec, Slice(self._file, self._data + begin), spec)
+        self._begins.append(begin)
+        self._ends.append(end)
+
+    def check_cover(self, data: int) -> None:
+        """Require that the tensors follow one another from 0 to the file's last byte."""
+        at = 0
+        for begin, end, name in sorted(zip(self._begins, self._ends, self.refs, strict=True)):
+            if begin != at:
+                gap = begin - at
+                fault = f"{gap} unused bytes lie before" if gap > 0 else "another overlaps"
+                raise _FaultError(f"has a broken header: {fault} tensor {quoted(name)}")
+            at = end
+        if at > data:
+            raise _FaultError(f"is truncated: {at - data} bytes are missing", "Download it again.")
+        if at < data:
+            raise _FaultError(
+                f"is damaged: {data - at} bytes too many are at its end", "Download it again."
+            )
+
+
+class _Kinds(dict[tuple[str, str], tuple[DType, tuple[int, ...], int]]):
+    """Type, shape and bytes by what the header says of them: most tensors are like others."""
+
+    def __missing__(self, key: tuple[str, str]) -> tuple[DType, tuple[int, ...], int]:
+        label, counts = key
+        found = _sized(label, tuple(map(int, counts.split(","))) if counts else ())
+        if len(self) < _MAX_KINDS:
+            self[key] = found
+        return found
 
 
 def _members(text: str) -> Iterator[tuple[str, re.Match[str] | str]]:
@@ -271,12 +317,8 @@ def _check_rest(text: str, at: int) -> None:
         raise _FaultError(f"has a broken header: characters follow its end at character {at}")
 
 
-def _entry(name: str, text: re.Match[str] | str) -> _Place:
-    """Read one tensor from its `{...}`."""
-    if isinstance(text, re.Match):
-        _, label, counts, begin, end = text.groups()
-        sizes = tuple(map(int, counts.split(","))) if counts else ()
-        return _sized(name, label, sizes, int(begin), int(end))
+def _entry(text: str) -> tuple[str, str, int, int]:
+    """What one tensor's `{...}` says: dtype, the numbers of its shape, data_offsets."""
     if not text.startswith("{") or len(text) > _MAX_ENTRY:
         raise _FaultError("dtype, shape and data_offsets are not there")
     try:
@@ -291,42 +333,23 @@ def _entry(name: str, text: re.Match[str] | str) -> _Place:
         raise _FaultError(f"its shape must be at most {_MAX_RANK} whole numbers")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise _FaultError("its data_offsets must be two whole numbers")
-    return _sized(name, info["dtype"], tuple(shape), offsets[0], offsets[1])
+    # Of no other value than a string is this the name of a type.
+    return str(info["dtype"]), ",".join(map(str, shape)), offsets[0], offsets[1]
 
 
-def _sized(name: str, label: object, shape: tuple[int, ...], begin: int, end: int) -> _Place:
-    dtype = _DTYPES.get(label) if isinstance(label, str) else None
+def _sized(label: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...], int]:
+    """The type of this name, and how many bytes the shape takes in it."""
+    dtype = _DTYPES.get(label)
     if dtype is None:
-        raise _FaultError(f"dtype {quoted(str(label))} is not known")
+        raise _FaultError(f"dtype {quoted(label)} is not known")
     numel = math.prod(shape)
     if numel > _MOST or (numel == 0 and math.prod(size or 1 for size in shape) > _MOST):
         raise _FaultError(f"its shape {list(shape)} is too large for any machine")
     nbytes, rest = divmod(numel * dtype.bits, 8)
     if rest:
         raise _FaultError(f"{numel} elements of {dtype.label} are no whole bytes")
-    if end - begin != nbytes:
-        raise _FaultError(
-            f"{dtype.label} {list(shape)} takes {nbytes} bytes, "
-            f"its data_offsets {begin} to {end} span {end - begin}"
-        )
-    return TensorSpec(name, dtype, shape), begin, end
+    return dtype, shape, nbytes
 
 
 def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _check_cover(places: Iterable[_Place], data: int) -> None:
-    """Require that the tensors follow one another from 0 to the file's last byte."""
-    at = 0
-    for spec, begin, end in sorted(places, key=itemgetter(1, 2)):
-        if begin != at:
-            fault = f"{begin - at} unused bytes lie before" if begin > at else "another overlaps"
-            raise _FaultError(f"has a broken header: {fault} tensor {quoted(spec.name)}")
-        at = end
-    if at > data:
-        raise _FaultError(f"is truncated: {at - data} bytes are missing", "Download it again.")
-    if at < data:
-        raise _FaultError(
-            f"is damaged: {data - at} bytes too many are at its end", "Download it again."
-        )

@@ -14,8 +14,11 @@ from dora_convert.errors import OutputError
 from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.fingerprint import Fingerprint, Inputs, difference
 from dora_convert.storage.oserrors import writing
+from dora_convert.storage.room import require_room
 
 __all__ = ["Journal", "Sealed", "is_unfinished"]
+
+_WORKERS = 4  # that hash at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,19 @@ class Journal:
     """A text file: the plan's fingerprint, then a line for each shard that is on the disk.
 
     `files` are the shards that the plan has. Every line is on the disk before it counts, and the
-    shard that it tells of before the line is written.
+    shard that it tells of before the line is written. Shards that are `away` were taken elsewhere
+    before their line was written, and are not looked for on the disk.
     """
 
-    def __init__(self, fingerprint: Fingerprint, files: Collection[str], inputs: Inputs) -> None:
+    def __init__(
+        self,
+        fingerprint: Fingerprint,
+        files: Collection[str],
+        inputs: Inputs,
+        *,
+        away: bool = False,
+    ) -> None:
+        self.away = away
         self.sealed: dict[str, Sealed] = {}
         self.kept: frozenset[str] = frozenset()
         self._fingerprint = fingerprint
@@ -51,7 +63,7 @@ class Journal:
     def objection(self, path: Path, folder: Path) -> OutputError | None:
         """Say why what the journal at `path` tells of cannot be used: it is of another plan."""
         was, sealed = _read(path)
-        if was is None or was == self._fingerprint or not _on_disk(sealed, folder):
+        if was is None or was == self._fingerprint or not self._there(sealed, folder):
             return None
         return OutputError(
             f"{path.parent.name} was begun by another command: "
@@ -65,11 +77,17 @@ class Journal:
         was, sealed = _read(path)
         known = []
         if was == self._fingerprint:
-            known = [entry for entry in _on_disk(sealed, folder) if entry.file in self._files]
-        with ThreadPoolExecutor() as pool:
-            intact = pool.map(lambda entry: _is_intact(folder / entry.file, entry), known)
+            known = [entry for entry in self._there(sealed, folder) if entry.file in self._files]
+        require_room(_WORKERS)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            intact = pool.map(
+                lambda entry: self.away or _is_intact(folder / entry.file, entry), known
+            )
             self.sealed = {e.file: e for e, same in zip(known, intact, strict=True) if same}
         self.kept = frozenset(self.sealed)
+
+    def _there(self, sealed: list[Sealed], folder: Path) -> list[Sealed]:
+        return sealed if self.away else _on_disk(sealed, folder)
 
     def begin(self, path: Path) -> None:
         """Write the journal anew, with the shards that were taken over."""

@@ -16,6 +16,7 @@ from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.header import layout
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.publishing import sync
+from dora_convert.storage.room import require_room
 
 __all__ = ["ShardWriter"]
 
@@ -81,6 +82,7 @@ class ShardWriter:
     def seal(self) -> str:
         """Bring the file to the disk, under its name, and close it; returns its sha256."""
         assert self.is_complete, (self.file, self._left)
+        require_room(1)
         # What is hashed is what the system gives back, meanwhile, while the disk takes its time.
         with writing(self.file), ThreadPoolExecutor(1) as other:
             digest = other.submit(file_sha256, self._unsealed)

@@ -6,7 +6,6 @@ can be continued; `files/`, which becomes OUT; and for a moment `old/`, which wa
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from types import TracebackType
 
 from dora_convert.errors import InputError, MismatchError, OutputError, VerificationError
 from dora_convert.storage.journal import Journal, is_unfinished
+from dora_convert.storage.locking import is_at, locked
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.publishing import bring_to_disk, replace_folder, sync
 
@@ -96,7 +96,7 @@ class Staging:
     def __enter__(self) -> Staging:
         try:
             with writing(self._home):
-                self._lock = _locked(self._home)
+                self._lock = locked(self._home)
                 self._take_over()
         except BaseException as error:
             self._leave(error)
@@ -172,7 +172,7 @@ class Staging:
         disk = os.statvfs(self._home)
         free = disk.f_bavail * disk.f_frsize
         need = self._nbytes + _SLACK
-        if self._journal is not None:
+        if self._journal is not None and not self._journal.away:
             need -= sum(entry.nbytes for entry in self._journal.sealed.values())
         if disk.f_blocks and free < need:  # some network file systems count nothing
             what = f"the disk has too little space: {_size(need)} needed, {_size(free)} free"
@@ -181,7 +181,7 @@ class Staging:
 
     def _leave(self, error: BaseException | None) -> None:
         """Remove what is of no use, as far as it lets itself be removed, if it is still ours."""
-        if self._is_ours and self._lock >= 0 and _is_at(self._lock, self._home):
+        if self._is_ours and self._lock >= 0 and is_at(self._lock, self._home):
             with suppress(OSError):
                 self._restore()
                 if error is not None and self._is_of_use(error):
@@ -202,10 +202,8 @@ class Staging:
         elif self._journal is not None and self._is_of_use(error):
             count, total = len(self._journal.sealed), self._journal.total
             are = "is" if count == 1 else "are"
-            error.add_note(
-                f"{count} of {total} shards {are} kept in {self._home.name}: "
-                "the same command continues."
-            )
+            place = "sent already" if self._journal.away else f"kept in {self._home.name}"
+            error.add_note(f"{count} of {total} shards {are} {place}: the same command continues.")
 
     def _prune(self) -> None:
         """Delete all but the marker and the shards that the journal knows."""
@@ -258,54 +256,6 @@ def _check_apart(out: Path, place: Path, inputs: Sequence[Path]) -> None:
             continue
         what = f"the output {out} {relation} the input {given}"
         raise OutputError(what, where=str(place), hint="Choose another --output.")
-
-
-def _locked(folder: Path) -> int:
-    """Make the folder if need be, and lock it; the lock dies with its holder.
-
-    The lock lies on the folder itself and goes along when it is renamed. So a folder that was
-    locked under its name a moment too late, after a rename, is let go, and the name tried again.
-    """
-    while True:
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            if folder.is_symlink() or not folder.is_dir():
-                what = f"{folder.name} is in the way, and is not a folder"
-                raise OutputError(what, where=str(folder), hint="Move it away.") from None
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        try:
-            _lock(fd, folder)
-            if _is_at(fd, folder):
-                return fd
-        except OSError:
-            os.close(fd)
-            with suppress(OSError):
-                folder.rmdir()
-            raise
-        except OutputError:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _lock(fd: int, folder: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        what = f"another run is writing {folder.name.removesuffix('.partial')}"
-        hint = "Wait until it ends, or choose another --output."
-        raise OutputError(what, where=str(folder), hint=hint) from error
-
-
-def _is_at(fd: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), folder.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.folders import leaves
 from dora_convert.storage.opening import opened, pread_exactly
 from dora_convert.storage.oserrors import reading, writing
+from dora_convert.storage.room import require_room
 
 __all__ = ["SUMS", "changed_files", "has_sums", "sums_text", "write_sums"]
 
@@ -72,6 +73,7 @@ def changed_files(folder: Path, *, workers: int) -> tuple[int, list[str]]:
             found = file_sha256(file)
         return None if found == sums[name] else f"{name}: sha256 {found}, not {sums[name]}"
 
+    require_room(workers)
     with ThreadPoolExecutor(workers) as pool:
         return len(sums), [line for line in pool.map(compare, sums) if line is not None]
 

@@ -306,7 +306,29 @@ def test_base_that_is_not_finite(box: Sandbox) -> None:
     base[f"{Q0}.weight"][5, 7] = torch.nan
     base[f"{Q0}.weight"][6, 0] = torch.inf
     box.save_base(base)
-    box.refused(4, f"{Q0}.weight: 2 rows are NaN or infinite, in the base")
+    box.refused(
+        4,
+        f"{Q0}.weight: 2 rows are NaN or infinite, in the base",
+        "Hint: --exclude leaves such modules as they are in the base.",
+    )
+
+
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_what_is_not_finite_can_be_left_out(box: Sandbox, place: str) -> None:
+    """All else is merged, and the excluded module is the base's, NaN and all."""
+    base, adapter = box.load_base(), box.load_adapter()
+    if place == "base":
+        base[f"{Q0}.weight"][5, 7] = torch.nan
+        box.save_base(base)
+    else:
+        adapter[f"{KEY}.lora_A.weight"][0, 0] = torch.inf
+        box.save_adapter(adapter)
+    assert box.merge("--exclude", Q0, "--verify", "all").code == 0
+    merged = load_file(box.out / "model.safetensors")
+    weight, expected = merged[f"{Q0}.weight"], base[f"{Q0}.weight"]
+    assert torch.equal(weight.view(torch.int32), expected.view(torch.int32))
+    others = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert {name.removesuffix(".weight") for name in others} >= set(MODULES) - {Q0}
 
 
 def test_dry_run_refuses_what_a_run_would(box: Sandbox) -> None:
@@ -408,7 +430,7 @@ def test_output_is_locked(box: Sandbox) -> None:
     result = box.merge()
     os.close(holder)
     assert result.code == 5
-    assert "another run is writing out" in result.err
+    assert f"another run (process {os.getpid()}) is writing out" in result.err
     assert digest(box.root) == before
     assert box.merge("--quiet").code == 0  # its remains are taken over
 

@@ -87,6 +87,7 @@ def test_path_alone_on_stdout(box: Sandbox, lora: Lora) -> None:
     assert config(box)["r"] == config(box)["lora_alpha"] == 8
     assert sorted(p.name for p in box.out.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -58,12 +58,13 @@ def statistics(box: Sandbox, size: int = HIDDEN, modules: tuple[str, ...] = MODU
     save_stats(box.root / "stats", dict.fromkeys(modules, sketch), mark=mark)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_norm_is_the_weighted_optimum(box: Sandbox, workers: int) -> None:
+@pytest.mark.parametrize("options", [("--weight", "norm"), (), ("--workers", 3)])
+def test_norm_is_the_weighted_optimum(box: Sandbox, options: tuple[object, ...]) -> None:
+    """It is the default, too."""
     base = box.load_base()
     gain = torch.linspace(0.1, 3, HIDDEN)
     box.save_base(base | {"model.layers.0.input_layernorm.weight": gain})
-    assert to_lora(box, "--weight", "norm", "--workers", workers, "--json").code == 0
+    assert to_lora(box, *options, "--json").code == 0
     made, adapter = load_file(box.out / "adapter_model.safetensors"), box.load_adapter()
     path = MODULES[0]
     key, w = f"base_model.model.{path}", base[f"{path}.weight"].double()
@@ -74,6 +75,25 @@ def test_norm_is_the_weighted_optimum(box: Sandbox, workers: int) -> None:
     best = (u[:, :8] * s[:8]) @ vt[:8] / gain.double()
     product = made[f"{key}.lora_B.weight"].double() @ made[f"{key}.lora_A.weight"].double()
     assert float((product - best).norm()) < 1e-5 * float(best.norm())
+
+
+@pytest.mark.parametrize("gain", [torch.full((HIDDEN,), 2.0), torch.full((HIDDEN,), torch.nan)])
+def test_a_gain_that_weights_nothing(box: Sandbox, gain: torch.Tensor) -> None:
+    """The same for all inputs, or no numbers."""
+    norms = {f"model.layers.{n}.input_layernorm.weight": gain.clone() for n in range(2)}
+    box.save_base(box.load_base() | norms)
+    assert to_lora(box, "--weight", "plain").code == 0
+    plain = (box.out / "adapter_model.safetensors").read_bytes()
+    assert to_lora(box, "--overwrite", "--json").json["weighted_residual"] is None
+    assert (box.out / "adapter_model.safetensors").read_bytes() == plain
+
+
+def test_plain(box: Sandbox) -> None:
+    """Unweighted where that is asked for, and not otherwise."""
+    gain = torch.linspace(0.1, 3, HIDDEN)
+    box.save_base(box.load_base() | {"model.layers.0.input_layernorm.weight": gain})
+    assert to_lora(box, "--weight", "plain", "--json").json["weighted_residual"] is None
+    assert to_lora(box, "--overwrite", "--json").json["weighted_residual"] > 0
 
 
 def test_stats(box: Sandbox) -> None:
@@ -96,6 +116,7 @@ def test_refused_stats(box: Sandbox) -> None:
     box.refuses(3, "does not hold", run=lambda: to_lora(box, "--stats", box.factors))
     box.refuses(3, "no file", run=lambda: to_lora(box, "--stats", box.root / "none"))
     assert to_lora(box, "--stats", file, "--weight", "norm").code == 2
+    assert to_lora(box, "--stats", file, "--weight", "plain").code == 2
 
 
 def test_nothing_to_collect_from(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ TAKEN = {
     "peft_config/usual",
     "pickle/legacy",
     "pickle/zip",
+    "quantized/hqq",
+    "quantized/modelopt",
+    "quantized/torchao",
     "spec/peft",
 }
 

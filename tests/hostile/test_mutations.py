@@ -29,14 +29,23 @@ WAYS: dict[str, tuple[Mutate, ...]] = {
     "index": (mutated_text, mutated_document),
     "model_config": (mutated_text, mutated_document),
     "peft_config": (mutated_text, mutated_document),
+    "quantized": (mutated_text, mutated_document),
     "spec": (mutated_text,),
 }
-CASES = {"header": 4000, "index": 2000, "model_config": 1500, "peft_config": 1500, "spec": 1000}
+CASES = {
+    "header": 4000,
+    "index": 2000,
+    "model_config": 1500,
+    "peft_config": 1500,
+    "quantized": 3000,
+    "spec": 1000,
+}
 USUAL = {
     "header": ("usual", "odd"),
     "index": ("usual",),
     "model_config": ("usual", "nested"),
     "peft_config": ("usual",),
+    "quantized": ("hqq", "modelopt", "torchao"),
     "spec": ("peft", "example"),
 }
 
@@ -68,7 +77,7 @@ def test_mutants(tried: Try, name: str, seed: int) -> None:
 
 def test_mutations_do_reach_what_is_behind_the_syntax(tried: Try) -> None:
     """Or the tests here would show little: many are taken, and many refused."""
-    for name in ("header", "index", "model_config", "peft_config"):
+    for name in ("header", "index", "model_config", "peft_config", "quantized"):
         mutants = cases(name, seed=1)
         taken = sum(tried(name, next(mutants)) for _ in range(120))
         assert 6 <= taken <= 110, (name, taken)

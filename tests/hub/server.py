@@ -40,11 +40,18 @@ def git_blob(data: bytes) -> str:
 
 @dataclass
 class Repo:
-    """Commits are trees of whole files; branches and pull requests name commits."""
+    """Commits are trees of whole files; branches and pull requests name commits.
+
+    `held` are the large contents that it has, by sha256; with `xet` they lie in the newer storage,
+    and may be shared with other repositories.
+    """
 
     name: str
     private: bool = False
     gated: bool = False
+    xet: bool = False
+    held: set[str] = field(default_factory=set)
+    authors: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Tree] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -60,6 +67,7 @@ class Repo:
         contents = sorted((path, sha256(data)) for path, data in tree.items())
         oid = hashlib.sha1(repr((contents, len(self.commits))).encode()).hexdigest()
         self.commits[oid], self.titles[oid] = dict(tree), title
+        self.held |= {digest for path, digest in contents if path.endswith(LFS)}
         return oid
 
     def put(self, files: Tree, revision: str = "main") -> str:
@@ -89,7 +97,7 @@ class Fault:
     changes a byte of the answer, `cut` ends it early though its length was announced, and `stall`
     keeps the request waiting until the Hub's `released` is set, and then cuts the line. `whole`
     answers as if no range had been asked for, `other` with the bytes beside it, `old` with another
-    ETag, each of them as a proxy might.
+    ETag, each of them as a proxy might. With `last` the line is cut for all that comes after, too.
     """
 
     match: str
@@ -102,6 +110,7 @@ class Fault:
     whole: bool = False
     other: bool = False
     old: bool = False
+    last: bool = False
 
     @property
     def is_answered(self) -> bool:
@@ -127,6 +136,7 @@ class LoopbackHub:
         self.strangers: list[str] = []
         self.lock = threading.RLock()
         self.released = threading.Event()
+        self.is_down = False
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -187,10 +197,13 @@ class _Handler(BaseHTTPRequestHandler):
             )
             if self.fault is not None:
                 self.fault.times -= 1
+            is_down, self.hub.is_down = self.hub.is_down, self.hub.is_down or self.is_last
         if self.fault is not None and self.fault.stall:
             self.hub.released.wait(60)
         try:
-            if self.fault is not None and self.fault.status:
+            if is_down:
+                self._hang_up()
+            elif self.fault is not None and self.fault.status:
                 self.send(self.fault.status, {"error": f"injected, for {self.headers!s}"})
             elif self.fault is not None and not self.fault.is_answered:
                 self._hang_up()
@@ -203,6 +216,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815
+
+    @property
+    def is_last(self) -> bool:
+        return self.fault is not None and self.fault.last
 
     def _chunks(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -295,6 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._batch(f"{owner}/{name.removesuffix('.git')}")
             case ["lfs", oid]:
                 self.hub.objects[oid] = self.body
+                self.hub.repos[self.query["repo"][0]].held.add(oid)
                 self.send(200 if sha256(self.body) == oid else 400)
             case ["cdn", oid]:
                 if "Authorization" in self.headers:
@@ -325,17 +343,16 @@ class _Handler(BaseHTTPRequestHandler):
         write = bool(rest) and (rest[0] in writing or rest == ["auth-check", "write"])
         repo = self.repo(name, write=write)
         match rest:
-            case []:
-                self._info(repo, "main")
+            case [] | ["revision", _]:
+                self._info(repo, rest[1] if rest else "main")
             case ["discussions"]:
                 self._discussions(repo)
             case ["auth-check", *_]:
                 self.send(200)
-            case ["revision", revision]:
-                self._info(repo, revision)
-            case ["tree", revision, *_]:
+            case ["tree" | "paths-info", revision, *_]:
                 tree = repo.commits[self.commit_of(repo, revision)]
-                self.send(200, [self._entry(path, tree[path]) for path in sorted(tree)])
+                wanted = parse_qs(self.body.decode()).get("paths", sorted(tree))
+                self.send(200, [self._entry(repo, p, tree[p]) for p in wanted if p in tree])
             case ["preupload", revision]:
                 self._preupload(repo.commits[self.commit_of(repo, revision)])
             case ["branch", branch]:
@@ -346,6 +363,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._xet_token(f"local://{self.hub.xet_store}")
             case ["commit", revision]:
                 self._commit(repo, revision)
+            case ["lfs-files", "duplicate"]:
+                self._duplicate(repo)
             case _:
                 self.refuse(404, f"no route for {self.path}")
 
@@ -354,13 +373,14 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "title": repo.titles[repo.refs[ref]],
                 "num": int(ref.split("/")[-1]),
-                "author": {"name": "alice"},
+                "author": {"name": repo.authors[ref]},
                 "createdAt": "2026-01-01T00:00:00.000Z",
                 "status": "open",
                 "repo": {"name": repo.name, "type": "model"},
                 "isPullRequest": True,
             }
             for ref in reversed(repo.pulls)
+            if self.query.get("author", [repo.authors[ref]]) == [repo.authors[ref]]
         ]
         self.send(200, {"discussions": found, "count": len(found), "start": 0})
 
@@ -373,11 +393,26 @@ class _Handler(BaseHTTPRequestHandler):
         body["cardData"] = {"license": found[1]} if found else {}
         self.send(200, {**body, "private": repo.private, "gated": repo.gated})
 
+    def _duplicate(self, repo: Repo) -> None:
+        """Contents of this repository become another's as well, which takes the right to write."""
+        asked, user, failed = json.loads(self.body), self.user(), []
+        target = self.hub.repos[asked["target"]["name"]]
+        if user != (target.owner, True):
+            self.refuse(403, "You don't have the rights")
+        for file in asked["files"]:
+            if not repo.xet or file["sha256"] not in repo.held:
+                failed.append({"sha256": file["sha256"], "error": "not found"})
+            else:
+                target.held.add(file["sha256"])
+        self.send(200, {"failed": failed})
+
     @staticmethod
-    def _entry(path: str, data: bytes) -> dict[str, Any]:
+    def _entry(repo: Repo, path: str, data: bytes) -> dict[str, Any]:
         entry = {"type": "file", "path": path, "size": len(data), "oid": git_blob(data)}
         if path.endswith(LFS):
             entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
+            if repo.xet:
+                entry["xetHash"] = sha256(data)
         return entry
 
     def _preupload(self, tree: Tree) -> None:
@@ -391,12 +426,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"files": found})
 
     def _batch(self, name: str) -> None:
-        self.repo(name)
+        repo = self.repo(name)
         found = []
         for wanted in json.loads(self.body)["objects"]:
             answer = dict(wanted)
-            if wanted["oid"] not in self.hub.objects:
-                href = f"{self.hub.url}/lfs/{wanted['oid']}"
+            if wanted["oid"] not in repo.held:
+                href = f"{self.hub.url}/lfs/{wanted['oid']}?repo={name}"
                 answer["actions"] = {"upload": {"href": href, "header": {}}}
             found.append(answer)
         self.send(200, {"transfer": "basic", "objects": found})
@@ -414,12 +449,14 @@ class _Handler(BaseHTTPRequestHandler):
                 case "file":
                     tree[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":
-                    tree[value["path"]] = self._object(value["oid"])
+                    tree[value["path"]] = self._object(repo, value["oid"])
                 case "deletedFile":
                     del tree[value["path"]]
         oid = repo.add(tree, header["value"]["summary"])
         ref = f"refs/pr/{len(repo.pulls) + 1}" if pull else revision
         repo.refs[ref] = oid
+        user = self.user()
+        repo.authors[ref] = user[0] if user else ""
         page = f"{self.hub.url}/{repo.name}"
         address = f"{page}/discussions/{len(repo.pulls)}" if pull else None
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{page}/commit/{oid}"}
@@ -431,8 +468,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X_Xet_Cas_Url": store, "X_Xet_Access_Token": "x"}
         self.send(200, body, X_Xet_Token_Expiration=str(end), **headers)
 
-    def _object(self, oid: str) -> bytes:
+    def _object(self, repo: Repo, oid: str) -> bytes:
         store = self.hub.xet_store
+        if store is None and oid not in repo.held:
+            self.refuse(400, "the repository has no such object")
         if oid not in self.hub.objects and store is not None:
             self.hub.objects[oid] = stored_bytes(store, oid, store / f"{oid}.out")
         return self.hub.objects[oid]
@@ -461,7 +500,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._serve(data, ETag=f'"{git_blob(data)}"', X_Repo_Commit=oid)
             return
         etag, digest = f'"{sha256(data)}"', sha256(data)
-        self.hub.objects[digest] = data
+        self.hub.objects[digest] = data  # where the address in the answer leads
         self.send(
             302,
             **self._xet_headers(name, oid, digest),

@@ -176,6 +176,14 @@ def test_the_token_is_nowhere(hub: LoopbackHub, box: Sandbox) -> None:
     assert not hub.strangers  # nor was it sent to the host of the contents
 
 
+def test_no_option_takes_a_token() -> None:
+    """The list of processes, and the shell's history, would have it."""
+    for name in cli.list_commands(click.Context(cli)):
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        assert not [opt for param in command.params for opt in param.opts if "token" in opt]
+
+
 def test_ranges_keep_the_token_too(hub: LoopbackHub, box: Sandbox) -> None:
     home = box.root / "home"
     hub.create("alice/base", contents(box.base), private=True)

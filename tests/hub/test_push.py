@@ -148,23 +148,32 @@ def test_pull_request(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result
     assert push("--create-pr", "--revision", "x").code == 2
 
 
-def test_one_pull_request_only(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result]) -> None:
-    """The answer to the first is lost; the second push finds what it made. Another is another."""
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_one_pull_request_only(
+    hub: LoopbackHub, box: Sandbox, push: Callable[..., Result], is_cut: bool
+) -> None:
+    """The answer to the first is lost, and what it made is found. Another is another."""
     repo = hub.create("someone/theirs", {"config.json": b"{}"})
-    hub.faults = [Fault("POST .*/commit/", times=99, late=True)]
-    failed(push("--create-pr", repo="someone/theirs"), "cannot be reached, or broke off")
-    hub.faults = []
-    made = len(repo.pulls)
-    assert made == 1
-    result = push("--create-pr", repo="someone/theirs")
-    assert (result.code, result.out) == (0, f"{hub.url}/someone/theirs/discussions/1\n"), result.err
-    assert "sent 0 files" in result.err
+    address = f"{hub.url}/someone/theirs/discussions/1\n"
+    if is_cut:  # for good: nothing can be asked afterwards
+        hub.faults = [Fault("POST .*/commit/", late=True, last=True)]
+        failed(push("--create-pr", repo="someone/theirs"), "cannot be reached, or broke off")
+        hub.is_down = False
+    else:
+        hub.faults = [Fault("POST .*/commit/", late=True)]
+        assert push("--create-pr", repo="someone/theirs").out == address
     assert repo.pulls == ["refs/pr/1"]
+    # Somebody else's, of the same title and contents, is not ours.
+    repo.refs["refs/pr/2"], repo.authors["refs/pr/2"] = repo.refs["refs/pr/1"], "bob"
+    result = push("--create-pr", repo="someone/theirs")
+    assert (result.code, result.out) == (0, address), result.err
+    assert "sent 0 files" in result.err
+    assert len(repo.pulls) == 2
     assert push("--create-pr", "--commit-message", "x", repo="someone/theirs").code == 0
     (box.base / "more.txt").write_text("more")
     assert push("--create-pr", repo="someone/theirs").code == 0
-    assert len(repo.pulls) == 3
-    assert "more.txt" in repo.files("refs/pr/3")
+    assert len(repo.pulls) == 4
+    assert "more.txt" in repo.files("refs/pr/4")
 
 
 def test_changed_by_somebody_else_meanwhile(

@@ -179,7 +179,8 @@ def test_the_result_stays_where_the_push_fails(
     hub.faults = [Fault("POST .*/commit/", times=99, status=500)]
     result = make("merge", "-q")
     assert (result.code, result.out) == (6, "")
-    assert f"The result is in {box.out}; push sends it from there." in result.err
+    assert f"The result is in {box.out}; to send it from there: " in result.err
+    assert f"dora-convert push {box.out} {REPO}\n" in result.err
     assert hub.repos[REPO].files() == {}
     hub.faults = []
     assert box.run("push", box.out, REPO).code == 0
@@ -255,6 +256,16 @@ def test_card_of_a_lora(hub: LoopbackHub, make: Callable[..., Result]) -> None:
     rank = json.loads(hub.repos[REPO].files()["adapter_config.json"])["r"]
     assert f"| rank | {rank} |" in text
     assert f"| misses | {report['residual']:.2%} of the adapter's update |" in text
+
+
+def test_card_of_a_lora_for_llama_cpp(hub: LoopbackHub, make: Callable[..., Result]) -> None:
+    result = make("to-lora", "--to", "gguf")
+    assert result.code == 0, result.err
+    files = hub.repos[REPO].files()
+    (name,) = (name for name in files if name.endswith(".gguf"))
+    text = files["README.md"].decode()
+    assert f"$ hf download {REPO} --local-dir model\n" in text
+    assert f"--lora model/{name}\n" in text
 
 
 def test_words_that_somebody_wrote_are_kept(

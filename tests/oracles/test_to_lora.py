@@ -58,6 +58,7 @@ def run(
     )
     assert sorted(file.name for file in out.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

@@ -104,6 +104,9 @@ def _strike(
         case "killed":
             real(*args, **others)
             _kill()
+        case "SIGSTOP":
+            # To this thread: of one to the process another may hear, and this one goes on a while.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         case name if name.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, name))
         case name:

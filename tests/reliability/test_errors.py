@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 
 from tests.reliability.merges import Merges
@@ -92,16 +95,35 @@ def test_file_size_limit(merges: Merges) -> None:
     assert merges.resume() == 0
 
 
-def test_memory(merges: Merges) -> None:
-    """It is said that there is too little, unless the C library ends the process itself."""
+@pytest.mark.parametrize("workers", [1, 4])
+def test_memory(merges: Merges, workers: int) -> None:
+    """It is said that there is too little, and none waits for a thread that never was."""
     codes = set()
-    for megabytes in (1, 4, 8, 16, 24, 64, 256):
+    for megabytes in (1, 6, 9, 14, 18, 24, 64, 90, 512):
         merges.clear()
-        ended = merges.run(limits={"AS": megabytes << 20})
+        ended = merges.run("--workers", workers, limits={"AS": megabytes << 20})
         codes.add(ended.code)
+        if ended.code:
+            assert ended.code == 5, (megabytes, ended)
+            assert "the memory does not suffice" in ended.err
+        merges.resume()
+    assert codes == {0, 5}
+
+
+@pytest.mark.slow
+def test_memory_in_many_sizes(merges: Merges) -> None:
+    """As it is, unless the C library ends the process itself, which is as a SIGKILL is."""
+    chance, codes = random.Random(7), Counter[int]()
+    for _ in range(300):
+        merges.clear()
+        limit = int(2 ** chance.uniform(16, 28))
+        ended = merges.run("--workers", chance.choice((1, 2, 4, 8)), limits={"AS": limit})
+        codes[ended.code] += 1
         if ended.code == 5:
             assert "the memory does not suffice" in ended.err
         elif ended.code:
-            assert "cannot allocate memory for thread-local data" in ended.err, ended
-        merges.resume()
-    assert codes >= {0, 5}
+            assert ended.code in (127, -6), (limit, ended)
+            assert "thread-local data" in ended.err or "glibc error" in ended.err, (limit, ended)
+        merges.check_promise()
+    assert codes[5] > 100
+    assert codes[0] > 5

@@ -191,7 +191,7 @@ def test_two_runs(merges: Merges, tmp_path: Path) -> None:
             before = digest(merges.place)
             second = other.run(*merges.command())
             assert second.code == 5
-            assert "Error: another run is writing out" in second.err
+            assert f"Error: another run (process {first}) is writing out" in second.err
             assert digest(merges.place) == before
             os.kill(first, end)
             code = merges.nursery.ended().code

@@ -88,6 +88,36 @@ def test_error_at_every_call(merges: Merges, call: str, error: str) -> None:
     assert point > 1
 
 
+def reading_errors(merges: Merges, call: str, points: range) -> int:
+    """EIO at some reads of the inputs; the number of the runs that it stopped."""
+    box, stopped = merges.box, 0
+    inputs = {file.name for folder in (box.base, box.adapter) for file in folder.iterdir()}
+    for point in points:
+        merges.clear()
+        ended = traced(merges, f"{call}:error=EIO:when={point}", "--verify", "all")
+        if ended.code == 0:  # there were fewer
+            break
+        assert ended.code == 3, (point, ended)
+        (line, *_) = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+        name, _, what = line.removeprefix("Error: ").partition(" cannot be read: ")
+        assert name in inputs, ended
+        assert what == "the disk reported an error", ended
+        assert not list(merges.place.iterdir())
+        stopped += 1
+    return stopped
+
+
+@pytest.mark.parametrize("call", ["pread64", "preadv,preadv2"])
+def test_error_at_some_reads(merges: Merges, call: str) -> None:
+    assert reading_errors(merges, call, range(2, 40, 12)) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["pread64", "preadv,preadv2"])
+def test_error_at_every_read(merges: Merges, call: str) -> None:
+    assert reading_errors(merges, call, range(1, 10_000)) > 10
+
+
 @pytest.mark.slow
 def test_killed_while_two_folders_are_exchanged(merges: Merges) -> None:
     merges.clear()

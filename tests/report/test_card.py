@@ -52,6 +52,20 @@ CASES = {
             "tags": ["dora-convert", "lora"],
         },
     ),
+    "a LoRA for diffusers": (
+        CardFacts(
+            repo="me/d",
+            base_model="org/base",
+            adapter={},
+            weights="pytorch_lora_weights.safetensors",
+        ),
+        {
+            "base_model": "org/base",
+            "base_model_relation": "adapter",
+            "library_name": "diffusers",
+            "tags": ["dora-convert", "lora"],
+        },
+    ),
     "another trainer's": (
         CardFacts(repo="me/mlx", base_model="org/base", adapter={"lora_parameters": {}}),
         {"base_model": "org/base", "base_model_relation": "adapter", "tags": ["dora-convert"]},
@@ -96,6 +110,25 @@ def test_what_a_lora_is() -> None:
     assert "| modules | q_proj, v_proj |" in text
     assert "--lora-modules lora=me/lora" in text
     assert "--lora-modules" not in model_card(CASES["dora of an unknown base"][0])  # vLLM has none
+
+
+def test_how_to_load_it() -> None:
+    """In each program that reads the file, and in no other."""
+    merged = model_card(MERGED)
+    assert 'AutoModelForCausalLM.from_pretrained("me/merged")' in merged
+    assert "$ vllm serve me/merged\n" in merged
+    assert "$ hf download me/merged --local-dir merged\n$ convert_hf_to_gguf.py merged\n" in merged
+    for dense_only in (replace(MERGED, scheme="gptq"), replace(MERGED, architecture="BertModel")):
+        assert "gguf" not in model_card(dense_only)
+    assert "$ convert_hf_to_gguf.py .\n" in model_card(replace(MERGED, repo="."))
+    diffusers = model_card(CASES["a LoRA for diffusers"][0])
+    assert 'pipeline.load_lora_weights("me/d")' in diffusers
+    other = CASES["another trainer's"][0]
+    mlx = model_card(replace(other, weights="adapters.safetensors"))
+    assert "$ mlx_lm.generate --model org/base --adapter-path mlx\n" in mlx
+    gguf = model_card(replace(other, repo=".", weights="lora.gguf"))
+    assert "$ llama-cli -m BASE.gguf --lora ./lora.gguf\n" in gguf
+    assert "```" not in model_card(replace(other, weights="weights.safetensors"))
 
 
 OWN = """---

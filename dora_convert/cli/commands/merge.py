@@ -197,7 +197,7 @@ def _merge(
         else api.ResidualOptions(rank=residual_rank, weight=weight, stats=stats),
     )
     options = reading_options(**reading)
-    upload = sending.stream() if low_disk and not dry_run else None
+    upload = None if dry_run else sending.by_shard(low_disk=low_disk)
     with progress("merging", quiet=quiet or as_json) as listener:
         report = api.merge(
             adapter,
@@ -216,7 +216,7 @@ def _merge(
         note(f"Note: {printable(text)}")
     if not quiet:
         _summary(report, dry_run=dry_run)
-    if not dry_run and upload is None:
+    if not dry_run and not sending.has_all:
         show_path(report.output)
     show_pushed(pushed)
 

@@ -113,9 +113,7 @@ class _Form(_Text):
 @click.option(
     "--weight",
     type=click.Choice(["plain", "norm"]),
-    default="plain",
-    show_default=True,
-    help="Weight errors by the gain of the norm before a module.",
+    help="Weight errors by the gain of the norm before a module, or not [norm; with --fit plain].",
 )
 @click.option(
     "--stats", type=PATH, metavar="FILE", help="Weight errors by what dora-convert stats wrote."
@@ -167,7 +165,7 @@ def _to_lora(
     max_rank: int,
     stack: str,
     form: str | None,
-    weight: str,
+    weight: str | None,
     stats: Path | None,
     fit: Path | None,
     fail_above: float | None,
@@ -193,8 +191,8 @@ def _to_lora(
     given = [v for v in (rank, energy, max_residual, budget) if v is not None]
     if len(given) > 1:
         raise click.UsageError("--rank, --energy, --max-residual and --budget exclude each other")
-    if stats is not None and weight != "plain":
-        raise click.UsageError("--weight norm and --stats exclude each other")
+    if stats is not None and weight is not None:
+        raise click.UsageError("--weight and --stats exclude each other")
     from dora_convert import api
 
     choice = RankChoice(

@@ -67,11 +67,11 @@ def _verify(
     as_json: bool,
     **reading: Any,
 ) -> None:
-    """Compare a merged checkpoint with its hashes, and recompute it in float64.
+    """Compare an output with its hashes, and recompute a merged one in float64.
 
-    OUTPUT is what merge wrote, with SHA256SUMS: a single byte that is another now is found. To
-    recompute it, pass --adapter, and --scale, --include, --exclude, --ignore, --axis and
-    --transposed as they were then.
+    OUTPUT is what merge, to-lora or convert wrote, with SHA256SUMS: a single byte that is another
+    now is found. To recompute a merged checkpoint, pass --adapter, and --scale, --include,
+    --exclude, --ignore, --axis and --transposed as they were then.
     """
     if base is not None and adapter is None:
         raise click.UsageError("--base goes with --adapter")
