@@ -79,8 +79,8 @@ def convert(
     with Staging(output, nbytes=plan.nbytes, overwrite=how.overwrite) as staging:
         _write(plan, staging.dir)
         write_documents(plan.documents, staging.dir)
-        write_sums(staging.dir, {})
         write_card(staging.dir, {"converted from": found.format, "adapter": adapter_name(found)})
+        write_sums(staging.dir, {})
         read.require_unchanged()
         staging.publish()
     return ConvertReport(

@@ -273,9 +273,8 @@ def _write(
             residual = correction.write(staging.dir, workers=workers)
             _check_survival(result.survival, how.min_survival, residual)
             seconds["residual"] = time.perf_counter() - begun
-        write_sums(staging.dir, result.sha256)
-        # After the hashes, since people edit it.
         write_card(staging.dir, merge_figures(plan, verification, result.survival, residual))
+        write_sums(staging.dir, result.sha256)
         listener.settle()
         inputs.require_unchanged()
         staging.publish()

@@ -25,10 +25,12 @@ from dora_convert.report.card import figures_of, has_section, is_bare, model_car
 from dora_convert.storage.documents import read_text
 from dora_convert.storage.folders import require_inside, require_path
 from dora_convert.storage.oserrors import reading
+from dora_convert.storage.sums import SUMS, amended_sums
 
 __all__ = [
     "Consent",
     "PushOptions",
+    "add_card",
     "card_of",
     "check_names",
     "check_push",
@@ -80,7 +82,7 @@ def push(
     own = text_of(folder / CARD) if CARD in files else None
     target = look_at(repo, how)
     card, notes = card_of(target, folder, own, base)
-    files[CARD] = card.encode()
+    add_card(files, folder, card)
     changes = compared(target, files)
     if (changes.replaced or changes.removed) and not how.create_pr and not how.dry_run:
         require_consent(consent, repo, changes)
@@ -129,6 +131,14 @@ def files_of(folder: Path) -> dict[str, Content]:
                 require_inside(folder, file)
                 found[name.as_posix()] = file
     return found
+
+
+def add_card(files: dict[str, Content], folder: Path, card: str) -> None:
+    """Put a card among the files to be sent, and its hash into their list."""
+    data = card.encode()
+    files[CARD] = data
+    if SUMS in files:
+        files[SUMS] = amended_sums(folder, CARD, data)
 
 
 def require_consent(consent: Consent | None, repo: str, changes: Changes) -> None:

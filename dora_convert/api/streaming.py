@@ -139,8 +139,8 @@ def write_by_shard(
         write_documents(plan.documents, staging.dir)
         verification, survival = _pooled(progress.done), _survival(plan, progress.done)
         how.accept(survival)
-        write_sums(staging.dir, {shard.file: shard.sha256 for shard in progress.done})
         write_card(staging.dir, merge_figures(plan, verification, survival, None))
+        write_sums(staging.dir, {shard.file: shard.sha256 for shard in progress.done})
         seconds |= {"merge": time.perf_counter() - begun, "sync": 0.0}
         if how.upload is not None:
             how.upload.finish(staging.dir)

@@ -12,6 +12,7 @@ from dora_convert.api.cards import CARD
 from dora_convert.api.pushing import (
     Consent,
     PushOptions,
+    add_card,
     card_of,
     check_names,
     files_of,
@@ -100,7 +101,7 @@ class Upload:
         files = {name: at for name, at in files_of(folder).items() if name not in shards}
         own = text_of(folder / CARD) if CARD in files else None
         card, notes = card_of(target, folder, own, None)
-        files[CARD] = card.encode()
+        add_card(files, folder, card)
         changes = compared(target, files)
         removed = tuple(name for name in changes.removed if name not in shards)
         if self._upload is None:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 from dora_convert.storage.digest import file_sha256
@@ -14,7 +15,7 @@ from dora_convert.storage.opening import opened, pread_exactly
 from dora_convert.storage.oserrors import reading, writing
 from dora_convert.storage.room import require_room
 
-__all__ = ["SUMS", "changed_files", "has_sums", "sums_text", "write_sums"]
+__all__ = ["SUMS", "amended_sums", "changed_files", "has_sums", "sums_text", "write_sums"]
 
 SUMS = "SHA256SUMS"
 
@@ -48,6 +49,14 @@ def write_sums(folder: Path, known: Mapping[str, str]) -> None:
         os.fsync(stream.fileno())
 
 
+def amended_sums(folder: Path, name: str, data: bytes) -> bytes:
+    """The folder's list for a place where the file `name` holds `data` instead."""
+    text, sums = _read(folder)
+    if sums is None or name not in sums:
+        return os.fsencode(text)
+    return os.fsencode(sums_text(sums | {name: sha256(data).hexdigest()}))
+
+
 def has_sums(folder: Path) -> bool:
     """Whether hashes were kept with this output."""
     return (folder / SUMS).is_file()
@@ -59,9 +68,7 @@ def changed_files(folder: Path, *, workers: int) -> tuple[int, list[str]]:
     A change of the list itself is told too, as far as it makes it another text than was written.
     Raises InputError for what cannot be read.
     """
-    with opened(folder / SUMS) as (fd, size):
-        text = os.fsdecode(pread_exactly(fd, folder / SUMS, length=size, offset=0))
-    sums = _parsed(text)
+    _, sums = _read(folder)
     if sums is None:
         return 0, [f"{SUMS}: it is not as it was written"]
 
@@ -76,6 +83,12 @@ def changed_files(folder: Path, *, workers: int) -> tuple[int, list[str]]:
     require_room(workers)
     with ThreadPoolExecutor(workers) as pool:
         return len(sums), [line for line in pool.map(compare, sums) if line is not None]
+
+
+def _read(folder: Path) -> tuple[str, dict[str, str] | None]:
+    with opened(folder / SUMS) as (fd, size):
+        text = os.fsdecode(pread_exactly(fd, folder / SUMS, length=size, offset=0))
+    return text, _parsed(text)
 
 
 def _parsed(text: str) -> dict[str, str] | None:

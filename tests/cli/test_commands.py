@@ -389,7 +389,7 @@ def test_verify(verify: Callable[..., Result]) -> None:
     assert result.code == 0
     assert result.err == ""
     hashed, recomputed, _ = result.out.splitlines()
-    assert hashed == "ok: 2 files have the sha256 that they were written with"
+    assert hashed == "ok: 3 files have the sha256 that they were written with"
     assert recomputed.startswith("ok: 21 tensors as planned, 96 rows of 4 modules recomputed")
     report = verify("--all", "--json").json
     assert report["schema"] == "dora-convert/verify/1"
@@ -401,9 +401,9 @@ def test_verify_finds_every_flipped_file(box: Sandbox) -> None:
     (box.base / "tokenizer.json").write_text("{}")
     assert box.merge().code == 0
     assert box.run("verify", box.out).out == (
-        "ok: 3 files have the sha256 that they were written with\n"
+        "ok: 4 files have the sha256 that they were written with\n"
     )
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "SHA256SUMS"):
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md", "SHA256SUMS"):
         file = box.out / name
         data = bytearray(file.read_bytes())
         data[-2] ^= 1

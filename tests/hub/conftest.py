@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from tests.cli.conftest import box, run
 from tests.cli.sandbox import Sandbox
 from tests.hub.server import LoopbackHub
 
-__all__ = ["CANARY", "READER", "box", "contents", "hub", "results", "run", "token"]
+__all__ = ["CANARY", "READER", "box", "contents", "hub", "less_card", "results", "run", "token"]
 
 CANARY, READER = "hf_canaryWRITE", "hf_canaryREAD"
 
@@ -59,7 +59,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def results(folder: Path) -> dict[str, bytes]:
     """All files of an output but its card, which says where adapter and base are from."""
-    return {name: data for name, data in contents(folder).items() if name != "README.md"}
+    return less_card(contents(folder))
+
+
+def less_card(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files but the card, and the list of hashes without the card's line."""
+    left = {name: data for name, data in files.items() if name != "README.md"}
+    if "SHA256SUMS" in left:
+        lines = left["SHA256SUMS"].splitlines(keepends=True)
+        left["SHA256SUMS"] = b"".join(li for li in lines if not li.endswith(b"  README.md\n"))
+    return left
 
 
 def stocked(server: LoopbackHub, box: Sandbox) -> None:

@@ -18,10 +18,9 @@ from huggingface_hub import constants
 
 from dora_convert.api import streaming
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, contents, results, stocked
+from tests.hub.conftest import CANARY, contents, less_card, results, stocked
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import Login, failed
-from tests.hub.test_push import weights_of
 from tests.hub.test_ranges import LAYERS, box, digests, sent, size
 
 __all__ = ["box"]
@@ -108,7 +107,7 @@ def test_from_hub_to_hub(
         result = merge("--push-to-hub", REPO, "-q")
     assert (result.code, result.out) == (0, f"{hub.url}/{REPO}\n"), result.err
     repo = hub.repos[REPO]
-    assert weights_of(repo.files()) == expected
+    assert less_card(repo.files()) == expected
     assert len(repo.commits) == 2  # the Hub's own, and ours
     # One shard on its way in, one on its way out; the adapter; and small files, a block for each.
     beside = size_of(box.adapter) + 24 * BLOCK
@@ -159,7 +158,7 @@ def test_other_shards_than_the_base_has(
     option = ("--max-shard-size", limit)
     assert box.run("merge", box.adapter, "-b", box.base, "-o", place, *option).code == 0
     assert merge("--push-to-hub", REPO, *option).code == 0
-    assert weights_of(hub.repos[REPO].files()) == results(place)
+    assert less_card(hub.repos[REPO].files()) == results(place)
 
 
 def test_folders_can_be_merged_so_too(
@@ -167,7 +166,7 @@ def test_folders_can_be_merged_so_too(
 ) -> None:
     result = box.merge("--low-disk", "--push-to-hub", REPO)
     assert result.code == 0, result.err
-    assert weights_of(hub.repos[REPO].files()) == expected
+    assert less_card(hub.repos[REPO].files()) == expected
     assert digests(box)  # the base is where it was
 
 
@@ -199,7 +198,7 @@ def test_a_failure_shows_nothing_and_is_gone_on_from(
     assert REPO not in hub.repos or hub.repos[REPO].files() == {}
     hub.faults = []
     assert merge("--push-to-hub", REPO).code == 0
-    assert weights_of(hub.repos[REPO].files()) == expected
+    assert less_card(hub.repos[REPO].files()) == expected
     assert len(hub.repos[REPO].commits) == 2
 
 
@@ -239,7 +238,7 @@ def test_killed_and_started_again(
     assert result.code == 0, result.err
     assert result.json["kept"] == 1
     assert result.json["verification"]["modules"] == LAYERS
-    assert weights_of(repo.files()) == expected
+    assert less_card(repo.files()) == expected
     assert len(repo.commits) == 2
     assert len(hub.requests("PUT /lfs/")) == LAYERS - 1
     first, nbytes = next(iter(digests(box).items()))
@@ -268,7 +267,7 @@ def test_killed_at_many_points(
     hub.released.set()
     hub.faults, hub.log[:] = [], []
     assert merge("--push-to-hub", name, *options).code == 0
-    assert weights_of(repo.files("refs/pr/1" if is_pull else "main")) == expected
+    assert less_card(repo.files("refs/pr/1" if is_pull else "main")) == expected
     assert len(repo.commits) == 2
     assert not hub.requests("PUT /lfs/")
     assert not list(box.root.glob("*.partial"))
@@ -298,7 +297,7 @@ def test_another_command_is_not_continued(
     failed(merge("--push-to-hub", "alice/other", "-q"), "--push-to-hub was alice/model", code=5)
     failed(merge("--push-to-hub", REPO, "--revision", "v2", "-q"), "now it is alice/model", code=5)
     assert merge("--push-to-hub", "alice/other", "--restart").code == 0
-    assert weights_of(hub.repos["alice/other"].files()) == expected
+    assert less_card(hub.repos["alice/other"].files()) == expected
 
 
 def test_what_was_sent_is_lost(
@@ -312,7 +311,7 @@ def test_what_was_sent_is_lost(
     failed(merge("--push-to-hub", REPO, "-q"), "refused", "--restart sends all shards anew")
     assert hub.repos[REPO].files() == {}
     assert merge("--push-to-hub", REPO, "--restart").code == 0
-    assert weights_of(hub.repos[REPO].files()) == expected
+    assert less_card(hub.repos[REPO].files()) == expected
 
 
 def test_rows_that_are_not_defined(
@@ -349,7 +348,7 @@ def test_pull_request(
     result = merge("--push-to-hub", "other/model", "--create-pr")
     assert result.out == f"{hub.url}/other/model/discussions/1\n", result.err
     assert theirs.files() == {"model.safetensors": b"theirs"}
-    assert weights_of(theirs.files("refs/pr/1")) == expected
+    assert less_card(theirs.files("refs/pr/1")) == expected
 
 
 def test_one_pull_request_only(
@@ -365,7 +364,7 @@ def test_one_pull_request_only(
     result = merge("--push-to-hub", "other/model", "--create-pr")
     assert result.out == f"{hub.url}/other/model/discussions/1\n", result.err
     assert theirs.pulls == ["refs/pr/1"]
-    assert weights_of(theirs.files("refs/pr/1")) == expected
+    assert less_card(theirs.files("refs/pr/1")) == expected
     assert not hub.requests("PUT|/commit/")
 
 
@@ -386,7 +385,7 @@ def test_quantised_results(
     result = merge(*options, *(("--push-to-hub", REPO) if is_sent else ()))
     assert result.code == 0, result.err
     made = hub.repos[REPO].files() if is_sent else contents(box.out)
-    assert weights_of(made) == results(place)
+    assert less_card(made) == results(place)
     assert result.json["survival"] == local.json["survival"]
 
 
@@ -402,7 +401,7 @@ def test_quantised_and_stopped(
     result = merge("--push-to-hub", REPO, *options)
     assert result.json["kept"] == 2
     assert result.json["survival"] == local.json["survival"]
-    assert weights_of(hub.repos[REPO].files()) == results(place)
+    assert less_card(hub.repos[REPO].files()) == results(place)
 
 
 def test_quantised_too_coarsely(
@@ -435,7 +434,7 @@ def test_xet(
     hub.xet_store = box.root / "store"
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     assert merge("--push-to-hub", REPO).code == 0
-    assert weights_of(hub.repos[REPO].files()) == expected
+    assert less_card(hub.repos[REPO].files()) == expected
     assert not hub.requests("/lfs/")
 
 
@@ -457,7 +456,7 @@ def test_xet_killed_and_started_again(
     result = merge("--push-to-hub", REPO, "--json")
     assert result.code == 0, result.err
     assert result.json["kept"] == LAYERS
-    assert weights_of(repo.files()) == expected
+    assert less_card(repo.files()) == expected
     assert not hub.requests("xet-write-token|/lfs/")
 
 
@@ -480,7 +479,7 @@ def test_changed_by_somebody_else_meanwhile(
     assert repo.files() == {"notes.txt": b"theirs"}
     hub.log.clear()
     assert merge("--push-to-hub", REPO, "--yes").code == 0
-    assert weights_of(repo.files()) == {**expected, "notes.txt": b"theirs"}
+    assert less_card(repo.files()) == {**expected, "notes.txt": b"theirs"}
     assert not hub.requests("PUT /lfs/")
 
 
@@ -520,5 +519,5 @@ def test_on_a_disk_smaller_than_the_model(
         assert done.returncode == 0, done.stderr
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert weights_of(hub.repos[REPO].files()) == expected
+    assert less_card(hub.repos[REPO].files()) == expected
     assert CANARY not in done.stdout + done.stderr

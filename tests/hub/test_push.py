@@ -18,7 +18,7 @@ from dora_convert import api
 from dora_convert.errors import OutputError
 from dora_convert.hub.push import Changes
 from tests.cli.sandbox import Result, Sandbox, make_base
-from tests.hub.conftest import CANARY, READER, contents
+from tests.hub.conftest import CANARY, READER, contents, less_card
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import failed
 
@@ -44,10 +44,6 @@ def push(hub: LoopbackHub, box: Sandbox) -> Callable[..., Result]:
     return push
 
 
-def weights_of(tree: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in tree.items() if name != "README.md"}
-
-
 def test_push_to_a_new_repository(
     hub: LoopbackHub, box: Sandbox, push: Callable[..., Result]
 ) -> None:
@@ -57,7 +53,7 @@ def test_push_to_a_new_repository(
     assert (result.code, result.out) == (0, f"{hub.url}/{REPO}\n"), result.err
     repo = hub.repos[REPO]
     assert repo.private
-    assert weights_of(repo.files()) == before
+    assert less_card(repo.files()) == before
     assert len(repo.commits) == 2  # the Hub's own, and ours
     assert contents(box.base) == before
     card = repo.files()["README.md"].decode()
@@ -108,7 +104,7 @@ def test_another_model_is_not_overwritten(
     assert repo.files() == {**old, "LICENSE": b"mine", "notes.txt": b"x"}
     assert not hub.requests("^(PUT|POST)")
     assert push("--yes", folder=single).code == 0
-    assert weights_of(repo.files()) == {
+    assert less_card(repo.files()) == {
         **contents(single),
         "LICENSE": b"mine",
         "notes.txt": b"x",
@@ -131,7 +127,7 @@ def test_branch(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result]) -> 
     repo = hub.create(REPO, {"config.json": b"{}"})
     result = push("--revision", "v2", "--yes", "--commit-message", "second")
     assert (result.code, result.out) == (0, f"{hub.url}/{REPO}/tree/v2\n"), result.err
-    assert weights_of(repo.files("v2")) == contents(box.base)
+    assert less_card(repo.files("v2")) == contents(box.base)
     assert repo.files() == {"config.json": b"{}"}
     assert repo.titles[repo.refs["v2"]] == "second"
 
@@ -143,7 +139,7 @@ def test_pull_request(hub: LoopbackHub, box: Sandbox, push: Callable[..., Result
     result = push("--create-pr", repo="someone/theirs")
     assert (result.code, result.out) == (0, f"{hub.url}/someone/theirs/discussions/1\n"), result.err
     assert repo.pulls == ["refs/pr/1"]
-    assert weights_of(repo.files("refs/pr/1")) == contents(box.base)
+    assert less_card(repo.files("refs/pr/1")) == contents(box.base)
     assert repo.files() == {"config.json": b"{}"}
     assert push("--create-pr", "--revision", "x").code == 2
 
@@ -200,7 +196,7 @@ def test_lost_answer_to_the_commit(
     hub.faults = [Fault("POST .*/commit/", late=True)]
     result = push()
     assert (result.code, result.out) == (0, f"{hub.url}/{REPO}\n"), result.err
-    assert weights_of(hub.repos[REPO].files()) == contents(box.base)
+    assert less_card(hub.repos[REPO].files()) == contents(box.base)
     assert len(hub.repos[REPO].commits) == 2
 
 
@@ -224,7 +220,7 @@ def test_a_failure_leaves_nothing_half(
     assert hub.repos[REPO].files() == {}
     hub.faults = []
     assert push().code == 0  # and then goes on
-    assert weights_of(hub.repos[REPO].files()) == contents(box.base)
+    assert less_card(hub.repos[REPO].files()) == contents(box.base)
 
 
 def test_the_hub_holds_something_else(hub: LoopbackHub, push: Callable[..., Result]) -> None:
@@ -256,7 +252,7 @@ def test_killed_and_started_again(
     hub.released.set()
     assert repo.files() == {}
     assert push().code == 0
-    assert weights_of(repo.files()) == contents(box.base)
+    assert less_card(repo.files()) == contents(box.base)
     assert len(repo.commits) == 2
 
 
@@ -299,7 +295,7 @@ def test_consent(hub: LoopbackHub, box: Sandbox, answer: bool) -> None:
         report = api.push(box.base, REPO, consent=consent)
         assert report.commit == repo.refs["main"]
         assert report.removed == ("model.safetensors.index.json",)
-        assert weights_of(repo.files()) == contents(box.base)
+        assert less_card(repo.files()) == contents(box.base)
     else:
         with pytest.raises(OutputError):
             api.push(box.base, REPO, consent=consent)
@@ -372,7 +368,7 @@ def test_an_adapter(hub: LoopbackHub, box: Sandbox) -> None:
     assert result.code == 0, result.err
     assert "the card names no base model: /home/me/secret-place is not one of the Hub" in result.err
     files = hub.repos[REPO].files()
-    assert weights_of(files) == contents(box.adapter)
+    assert less_card(files) == contents(box.adapter)
     assert "secret-place" not in files["README.md"].decode()
 
 
@@ -383,7 +379,7 @@ def test_xet(
     hub.xet_store = box.root / "store"
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     assert push().code == 0
-    assert weights_of(hub.repos[REPO].files()) == contents(box.base)
+    assert less_card(hub.repos[REPO].files()) == contents(box.base)
     assert "sent 0 files" in push().err
     result = box.run("merge", box.adapter, "--base", REPO, "-o", box.out)
     assert result.code == 0, result.err

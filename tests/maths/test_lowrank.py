@@ -85,7 +85,7 @@ def test_krylov_is_within_a_fifth_of_a_percent(shape: tuple[int, int], spread: f
 
 def test_krylov_in_single_precision() -> None:
     matrix = update(400, 320, spread=0.02)
-    factors = krylov_factors(Matrix(matrix.float()), 16, seeded())
+    factors = krylov_factors(Matrix(matrix.float()), 16, seeded(), float(matrix.square().sum()))
     assert {factors.left.dtype, factors.singular.dtype, factors.right.dtype} == {torch.float64}
     assert float((matrix - product(factors)).norm()) <= 1.002 * optimum(matrix, 16)
 
@@ -93,7 +93,7 @@ def test_krylov_in_single_precision() -> None:
 @pytest.mark.parametrize("rank", [3, 8, 30])
 def test_krylov_of_an_operator_of_low_rank(rank: int) -> None:
     matrix = normal(200, 8, seed=1) @ normal(8, 300, seed=2)
-    factors = krylov_factors(Matrix(matrix), rank, seeded())
+    factors = krylov_factors(Matrix(matrix), rank, seeded(), float(matrix.square().sum()))
     missed = float((matrix - product(factors)).norm())
     assert missed <= 1.002 * optimum(matrix, rank) + 1e-9 * float(matrix.norm())
     values = torch.linalg.svdvals(matrix)[:rank]
@@ -104,7 +104,7 @@ def test_krylov_of_an_operator_of_low_rank(rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 15, 200])
 def test_krylov_where_its_space_is_larger_than_all(shape: tuple[int, int], rank: int) -> None:
     matrix = update(*shape, spread=0.1)
-    factors = krylov_factors(Matrix(matrix), rank, seeded())
+    factors = krylov_factors(Matrix(matrix), rank, seeded(), float(matrix.square().sum()))
     kept = min(rank, *shape)
     values = torch.linalg.svdvals(matrix)
     assert len(factors.singular) == kept
@@ -114,7 +114,7 @@ def test_krylov_where_its_space_is_larger_than_all(shape: tuple[int, int], rank:
 
 
 def test_krylov_of_nothing() -> None:
-    factors = krylov_factors(Matrix(torch.zeros(100, 80, dtype=torch.float64)), 4, seeded())
+    factors = krylov_factors(Matrix(torch.zeros(100, 80, dtype=torch.float64)), 4, seeded(), 0.0)
     assert not factors.singular.any()
     assert bool(torch.isfinite(factors.left).all())
     assert bool(torch.isfinite(factors.right).all())
@@ -167,6 +167,7 @@ SPECTRA = {
     "linear": 1 - (INDEX - 1) / 600,
     "logarithm": 1 / torch.log(INDEX + 1),
     "cluster and tail": torch.where(INDEX <= 40, 1 - INDEX * 1e-4, 0.5 * torch.exp(-INDEX / 1500)),
+    "cluster wider than a block": torch.where(INDEX <= 60, 1 - INDEX * 1e-4, 0.5 * INDEX**-0.1),
     "plateau and tail": torch.where(INDEX <= 100, 1 - INDEX * 1e-3, 0.05 * INDEX**-0.1),
 }
 
@@ -190,7 +191,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("rank", [1, 16, 24, 64])
+@pytest.mark.parametrize("rank", [1, 16, 24, 48, 64])
 def test_spectra_that_fall_slowly(name: str, rank: int) -> None:
     values = SPECTRA[name]
     factors = krylov_factors(Counted(values), rank, seeded(), float(values.square().sum()))
