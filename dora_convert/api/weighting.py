@@ -55,8 +55,8 @@ def _by_norm(
     layers: Sequence[LoraLayer], names: Resolver, checkpoint: Checkpoint
 ) -> tuple[Weights, list[str]]:
     """Weights by the gain of the norm before a layer, and a note on those without one."""
+    from dora_convert.execution.decoding import open_reader
     from dora_convert.maths.weighting import Weight
-    from dora_convert.storage.reader import Reader
 
     linear = _linear(layers)
     gains = {
@@ -64,7 +64,7 @@ def _by_norm(
         for path, name in norm_tensors(linear, names).items()
         if checkpoint.tensors[name].spec.shape == linear[path].shape[1:]
     }
-    reader, shift = Reader(), 1 if adds_one(checkpoint.config) else 0
+    reader, shift = open_reader(), 1 if adds_one(checkpoint.config) else 0
 
     def weights(path: str) -> tuple[Weight, bool] | None:
         if path not in gains:

@@ -20,7 +20,7 @@ from dora_convert import api
 from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError, MismatchError
 from dora_convert.storage.header import layout, read_header
-from tests.cli.sandbox import Sandbox
+from tests.cli.sandbox import Sandbox, digest
 
 Tensors: TypeAlias = dict[str, tuple[DType, tuple[int, ...], bytes]]
 
@@ -100,16 +100,18 @@ class Case:
 
 
 def tried(case: Case, seed: int) -> bool:
-    """Whether a merge of one mutant comes to an end."""
+    """Whether a merge of one mutant comes to an end; if not, what was there before still is."""
     box = case.box
     chance = random.Random(seed)
     changed = chance.choice(list(case.files))
     for file, tensors in case.files.items():
         save(file, mutated(chance, tensors) if file == changed else tensors)
     how = api.MergeOptions(workers=1, samples=4, restart=True, overwrite=True)
+    before = digest(box.out)
     try:
         report = api.merge(box.adapter, box.out, base=box.base, how=how)
     except (InputError, MismatchError):
+        assert digest(box.out) == before
         return False
     assert report.output is not None
     return True
