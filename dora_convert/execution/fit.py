@@ -68,11 +68,11 @@ class Dora:
 
 def doras(modules: Mapping[str, Sequence[Part]], flipped: Container[str]) -> dict[str, Dora]:
     """Each layer's c and D, float32. `flipped`: those whose weight is stored `[in, out]`."""
-    reader, buffers = open_reader(), Buffers()
+    reader = open_reader()
     found = {}
     for path, parts in modules.items():
         with ExitStack() as stack:
-            updates = [stack.enter_context(open_update(*part, reader, buffers)) for part in parts]
+            updates = [stack.enter_context(open_update(*part, reader, Buffers())) for part in parts]
         by_row, down = updates[0].by_row, updates[0].down.float()
         if len(parts) > 1 and not by_row:
             raise InputError(f"{path} is stored in several tensors: it cannot be fitted")

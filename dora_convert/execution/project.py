@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -155,13 +156,14 @@ def project(
     found: dict[str, Spectrum] = {}
     faults: dict[str, RowFaults] = {}
 
+    spare = _Spare()
+
     def work(item: tuple[str, Sequence[Part]]) -> None:
         path, parts = item
-        buffers = Buffers()
         with ExitStack() as stack:
             updates = [
                 stack.enter_context(open_update(base, piece, reader, buffers))
-                for base, piece in parts
+                for (base, piece), buffers in zip(parts, spare.several(len(parts)), strict=True)
             ]
             fault = sum((update.faults for update in updates), RowFaults())
             if fault:
@@ -250,6 +252,17 @@ class _Missed:
         return self.operator.transposed_times(y).double() - low_rank
 
 
+class _Spare(threading.local):
+    """Buffers of a thread, for as many updates at once as a module has parts."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Buffers] = []
+
+    def several(self, count: int) -> list[Buffers]:
+        self._buffers += [Buffers() for _ in range(count - len(self._buffers))]
+        return self._buffers[:count]
+
+
 def residuals(
     parts: Sequence[Part], left: Tensor, right: Tensor, weighting: tuple[Weight, bool] | None
 ) -> tuple[float, float | None]:
@@ -257,10 +270,10 @@ def residuals(
 
     As `LoraModule` has them; `weighting` is what `Weights` gives for the module.
     """
-    reader, buffers = open_reader(), Buffers()
+    reader = open_reader()
     weight, is_flipped = (None, False) if weighting is None else weighting
     with ExitStack() as stack:
-        updates = [stack.enter_context(open_update(*part, reader, buffers)) for part in parts]
+        updates = [stack.enter_context(open_update(*part, reader, Buffers())) for part in parts]
         stored: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
         operator = Flipped(stored) if is_flipped else stored
         columns = _columns(updates, is_flipped=is_flipped)

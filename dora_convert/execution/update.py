@@ -140,7 +140,10 @@ class Update:
         first, size = self.piece.start, self.base.spec.row_bytes * (stop - start)
         if self.shape[0] * self.base.spec.row_bytes > _KEPT_BYTES:
             return self.blocks.read(first + start, first + stop, self.buffers.take("raw", size))
-        own = torch.empty(size, dtype=torch.uint8)
+        # One piece of memory for all weights of a worker: new pages cost as much as reading.
+        offset = start * self.base.spec.row_bytes
+        whole = self.buffers.take("kept", self.shape[0] * self.base.spec.row_bytes)
+        own = whole[offset : offset + size]
         self._kept[start, stop] = kept = self.blocks.read(first + start, first + stop, own)
         return kept
 
@@ -205,7 +208,10 @@ class Update:
 def open_update(
     base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
 ) -> Iterator[Update]:
-    """Read the factors and, where c depends on it, the weight once."""
+    """Read the factors and, where c depends on it, the weight once.
+
+    `buffers` serve one update at a time: some keep all of the weight there.
+    """
     dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     by_row = piece.module.axis is MagnitudeAxis.OUT
