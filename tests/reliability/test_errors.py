@@ -99,7 +99,7 @@ def test_file_size_limit(merges: Merges) -> None:
 def test_memory(merges: Merges, workers: int) -> None:
     """It is said that there is too little, and none waits for a thread that never was."""
     codes = set()
-    for megabytes in (1, 6, 9, 14, 18, 24, 64, 90, 512):
+    for megabytes in (1, 6, 9, 14, 18, 24, 64, 90, 4096):
         merges.clear()
         ended = merges.run("--workers", workers, limits={"AS": megabytes << 20})
         codes.add(ended.code)
