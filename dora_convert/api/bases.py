@@ -8,7 +8,7 @@ from pathlib import Path
 from dora_convert.api.reading import ReadOptions
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.plan import Merge, Plan
-from dora_convert.core.tensors import Slice, TensorRef
+from dora_convert.core.tensors import TensorRef
 from dora_convert.hub.locate import local_path
 from dora_convert.planning.families import quantization, transposed_modules
 from dora_convert.storage.checkpoint import open_checkpoint
@@ -35,7 +35,7 @@ def open_base(path: Path, options: ReadOptions, *, in_part: bool = False) -> Che
         from dora_convert.execution.decoding import decoded
 
         small = [ref for ref in checkpoint.tensors.values() if ref.stored.nbytes <= _SMALL]
-        fill(span for ref in small for span in _spans(ref))
+        fill(part.span for ref in small for part in ref.slices)
         checkpoint = decoded(checkpoint)
     return checkpoint if options.trained_on is None else _as_trained(checkpoint, options)
 
@@ -68,9 +68,7 @@ def fetch_rows(wanted: Iterable[tuple[TensorRef, int, int]]) -> None:
     fill(span for ref, start, stop in wanted for span in _spans(ref, start, stop))
 
 
-def _spans(ref: TensorRef, start: int = 0, stop: int | None = None) -> list[tuple[Path, int, int]]:
+def _spans(ref: TensorRef, start: int, stop: int) -> list[tuple[Path, int, int]]:
     """Where these rows lie: file, begin, end. All of a tensor whose rows lie apart, or decoded."""
-    if stop is None or not isinstance(ref.source, Slice) or not ref.is_contiguous:
-        return [part.span for part in ref.slices]
-    first, row = ref.source.start, ref.spec.row_bytes
-    return [(ref.source.file, first + start * row, first + stop * row)]
+    rows = ref.row_span(start, stop)
+    return [part.span for part in ref.slices] if rows is None else [rows]

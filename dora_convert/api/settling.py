@@ -9,7 +9,6 @@ from dora_convert.api.reading import worker_count
 from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, MagnitudeKind, RowOrder
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.evidence import Subject
-from dora_convert.core.tensors import Slice, TensorRef
 from dora_convert.planning.doubts import without_doubts
 from dora_convert.planning.roworder import head_rows, in_base_order, unclear
 from dora_convert.planning.settle import squares, subjects, with_axis, with_bias_rule
@@ -53,7 +52,8 @@ def settled(
     by_row = [s for s in found if _is_norm_by_row(s)]
     in_order = [s for s in by_row if _is_in_order(s)]
     if not ahead:
-        fetch_rows(rows for rows in sampled_rows(in_order) if _is_by_row(rows[0]))
+        rows = sampled_rows(in_order)
+        fetch_rows((ref, i, j) for ref, i, j in rows if ref.row_span(i, j) is not None)
     seen = samples(in_order, reader, workers=workers)
     dim = head_rows(checkpoint.config)
     evidence = {}
@@ -68,10 +68,6 @@ def _is_norm_by_row(subject: Subject) -> bool:
     module = subject.module
     is_norm = module.magnitude_is is MagnitudeKind.NORM
     return is_norm and module.axis is MagnitudeAxis.OUT and not subject.is_transposed
-
-
-def _is_by_row(ref: TensorRef) -> bool:
-    return isinstance(ref.source, Slice) and ref.is_contiguous
 
 
 def _is_in_order(subject: Subject) -> bool:

@@ -199,6 +199,13 @@ class TensorRef:
         assert isinstance(self.source, Slice), self
         return self.source.file, self.source.start, self.source.start + self.stored.nbytes
 
+    def row_span(self, start: int, stop: int) -> tuple[Path, int, int] | None:
+        """The same of the rows `start:stop`; None where they lie apart, or are decoded."""
+        if not isinstance(self.source, Slice) or not self.is_contiguous:
+            return None
+        first, row = self.source.start, self.spec.row_bytes
+        return self.source.file, first + start * row, first + stop * row
+
     def transposed(self) -> TensorRef:
         """The matrix with its axes swapped."""
         assert len(self.spec.shape) == 2, self.spec

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_convert.hub.client import tree
-from dora_convert.storage.digest import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,14 +31,12 @@ class Originals:
         self._source = source
         self._repo = repo
 
-    def copied(self, name: str, file: Path) -> CommitOperationCopy | None:
-        """What puts a file's contents at `name` without sending them; None where it cannot be."""
+    def copied(self, name: str, sha256: str) -> CommitOperationCopy | None:
+        """What puts contents of this hash at `name` without sending them; None if it cannot be."""
         from huggingface_hub import CommitOperationCopy  # noqa: PLC0415 - local work does without
 
-        size = file.stat().st_size
-        alike = [entry for entry in self._large.values() if entry.size == size]
-        digest = file_sha256(file) if alike else ""
-        entry = next((e for e in alike if e.lfs is not None and e.lfs.sha256 == digest), None)
+        large = self._large.values()
+        entry = next((e for e in large if e.lfs is not None and e.lfs.sha256 == sha256), None)
         if entry is None:
             return None
         commit = self._source.revision

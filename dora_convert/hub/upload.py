@@ -79,12 +79,12 @@ class Upload:
     def _made(self, name: str, content: Content, *, at_once: bool) -> Operation:
         from huggingface_hub import CommitOperationAdd  # noqa: PLC0415 - local work does without
 
+        operation = CommitOperationAdd(name, content)
         if self._originals is not None and isinstance(content, Path):
-            copy = self._originals.copied(name, content)
+            copy = self._originals.copied(name, operation.upload_info.sha256.hex())
             if copy is not None:
                 self.copied.append(name)
                 return copy
-        operation = CommitOperationAdd(name, content)
         if at_once or size_of(content) > _LARGE:
             self._api.preupload_lfs_files(self._repo, [operation], **self._place)
         return operation

@@ -17,7 +17,19 @@ from tests.cli.conftest import box, run
 from tests.cli.sandbox import Sandbox
 from tests.hub.server import LoopbackHub
 
-__all__ = ["CANARY", "READER", "box", "contents", "hub", "less_card", "results", "run", "token"]
+__all__ = [
+    "CANARY",
+    "PUSHING",
+    "READER",
+    "box",
+    "contents",
+    "hub",
+    "less_card",
+    "results",
+    "run",
+    "token",
+    "undefine_last_layer",
+]
 
 CANARY, READER = "hf_canaryWRITE", "hf_canaryREAD"
 
@@ -46,6 +58,26 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 def token(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Log in for what follows."""
     return lambda value: monkeypatch.setenv("HF_TOKEN", value)
+
+
+# For tests that push: as somebody who may. The warning is of the client's own way with its library.
+PUSHING = [
+    pytest.mark.usefixtures("_logged_in"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def _logged_in(token: Callable[[str], None]) -> None:
+    token(CANARY)
+
+
+def undefine_last_layer(box: Sandbox, layers: int) -> None:
+    """Give the adapter a magnitude that is no number, in the last layer of the base."""
+    tensors = box.load_adapter()
+    path = f"base_model.model.model.layers.{layers - 1}.self_attn.q_proj.lora_magnitude_vector"
+    tensors[path][3] = float("nan")
+    box.save_adapter(tensors)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -16,9 +16,9 @@ from dora_convert import api
 from dora_convert.errors import InputError
 from dora_convert.storage import staging
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, less_card, results
+from tests.hub.conftest import CANARY, PUSHING, less_card, results, undefine_last_layer
 from tests.hub.server import Fault, LoopbackHub, sha256
-from tests.hub.test_locate import Login, failed
+from tests.hub.test_locate import failed
 from tests.hub.test_ranges import LAYERS, box
 
 __all__ = ["box"]
@@ -26,12 +26,7 @@ __all__ = ["box"]
 REPO = "alice/model"
 PUT = "PUT /lfs/"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _logged_in(token: Login) -> None:
-    token(CANARY)
+pytestmark = PUSHING
 
 
 @pytest.fixture
@@ -116,10 +111,7 @@ def test_a_failed_merge_commits_nothing(
     hub: LoopbackHub, box: Sandbox, merge: Callable[..., Result]
 ) -> None:
     """A magnitude of the last shard is not defined: what was sent before is seen by nobody."""
-    tensors = box.load_adapter()
-    path = f"base_model.model.model.layers.{LAYERS - 1}.self_attn.q_proj.lora_magnitude_vector"
-    tensors[path][3] = float("nan")
-    box.save_adapter(tensors)
+    undefine_last_layer(box, LAYERS)
     assert merge("--workers", "1").code == 4
     assert not hub.requests("/commit/")
     assert REPO not in hub.repos or hub.repos[REPO].files() == {}

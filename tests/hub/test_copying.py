@@ -9,9 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, contents, less_card, results
+from tests.hub.conftest import PUSHING, contents, less_card, results
 from tests.hub.server import Fault, LoopbackHub, sha256
-from tests.hub.test_locate import Login
 from tests.hub.test_ranges import LAYERS, box
 
 __all__ = ["box"]
@@ -19,12 +18,7 @@ __all__ = ["box"]
 REPO, BASE = "alice/model", "alice/base"
 TOUCHED = 1  # of LAYERS shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _logged_in(token: Login) -> None:
-    token(CANARY)
+pytestmark = PUSHING
 
 
 @pytest.fixture

@@ -18,9 +18,17 @@ from huggingface_hub import constants
 
 from dora_convert.api import streaming
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, contents, less_card, results, stocked
+from tests.hub.conftest import (
+    CANARY,
+    PUSHING,
+    contents,
+    less_card,
+    results,
+    stocked,
+    undefine_last_layer,
+)
 from tests.hub.server import Fault, LoopbackHub
-from tests.hub.test_locate import Login, failed
+from tests.hub.test_locate import failed
 from tests.hub.test_ranges import LAYERS, box, digests, sent, size
 
 __all__ = ["box"]
@@ -35,12 +43,7 @@ from dora_convert.cli import main
 main()
 """
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _logged_in(token: Login) -> None:
-    token(CANARY)
+pytestmark = PUSHING
 
 
 @pytest.fixture
@@ -318,10 +321,7 @@ def test_rows_that_are_not_defined(
     hub: LoopbackHub, box: Sandbox, merge: Callable[..., Result]
 ) -> None:
     """A wrong magnitude in the last shard: what was sent before is never seen."""
-    tensors = box.load_adapter()
-    path = f"base_model.model.model.layers.{LAYERS - 1}.self_attn.q_proj.lora_magnitude_vector"
-    tensors[path][3] = float("nan")
-    box.save_adapter(tensors)
+    undefine_last_layer(box, LAYERS)
     hub.create("me/dora", contents(box.adapter))
     result = merge("--push-to-hub", REPO, "-q")
     assert result.code == 4, result

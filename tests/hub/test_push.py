@@ -18,19 +18,13 @@ from dora_convert import api
 from dora_convert.errors import OutputError
 from dora_convert.hub.push import Changes
 from tests.cli.sandbox import Result, Sandbox, make_base
-from tests.hub.conftest import CANARY, READER, contents, less_card
+from tests.hub.conftest import CANARY, PUSHING, READER, contents, less_card
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import failed
 
 REPO = "alice/model"
 
-# The client's own way with its HTTP library.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _logged_in(token: Callable[[str], None]) -> None:
-    token(CANARY)
+pytestmark = PUSHING
 
 
 @pytest.fixture

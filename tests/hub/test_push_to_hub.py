@@ -11,24 +11,19 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from tests.cli.sandbox import Result, Sandbox
-from tests.hub.conftest import CANARY, READER, contents, less_card, stocked
+from tests.hub.conftest import CANARY, PUSHING, READER, contents, less_card, stocked
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import Login, failed
 
 REPO = "alice/model"
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = PUSHING
 
 MAKING: dict[str, Sequence[str]] = {
     "merge": (),
     "to-lora": ("--rank", "4"),
     "convert": ("--to", "peft"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _logged_in(token: Login) -> None:
-    token(CANARY)
 
 
 @pytest.fixture
