@@ -267,7 +267,7 @@ def _write(
 ) -> _Written:
     """Compute, choose ranks, fit where that is wanted, write."""
     from dora_convert.execution.factors import Scratch, write_pairs
-    from dora_convert.execution.project import project
+    from dora_convert.execution.project import Search, project
     from dora_convert.execution.ranks import choose_ranks
 
     parts = targets(proposal.plan)
@@ -298,9 +298,7 @@ def _write(
             choice,
             work.watched(scratch.keep),
             workers=worker_count(how.workers),
-            exact=how.exact,
-            seed=how.seed,
-            weights=weights,
+            search=Search(exact=how.exact, seed=how.seed, weights=weights),
         )
         ranks = choose_ranks(spectra, choice, element_bytes=how.dtype.bits // 8)
         stored = _stored_ranks(layers, ranks, stack, compact=how.compact)

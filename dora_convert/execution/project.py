@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,28 +16,24 @@ from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
-from dora_convert.execution.lanes import Buffers
+from dora_convert.execution.lanes import Buffers, PerThread
 from dora_convert.execution.memory import trim
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update
 from dora_convert.maths.compare import relative
 from dora_convert.maths.dora import RowFaults
-from dora_convert.maths.lowrank import (
-    Factors,
-    Flipped,
-    Operator,
-    exact_factors,
-    krylov_factors,
-    spans_everything,
-)
+from dora_convert.maths.krylov import krylov_factors, spans_everything
+from dora_convert.maths.lowrank import Factors, Flipped, Operator, exact_factors
 from dora_convert.maths.weighting import Weight, Weighted, unweighted
+from dora_convert.storage.reader import Reader
 
-__all__ = ["Part", "Spectrum", "Weights", "project", "residuals"]
+__all__ = ["Part", "Search", "Spectrum", "Weights", "project", "residuals"]
 
 Part = tuple[TensorRef, Piece]
 # How a module is weighted, and whether its weight is stored `[in, out]`; None: not at all.
 Weights = Callable[[str], tuple[Weight, bool] | None]
 _ENERGIES = (0.90, 0.95, 0.99)
+_TRIMMED = 8  # modules: after each it would cost a twentieth of the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +103,18 @@ def _missed(values: Tensor, square: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """How factors are found: `exact`ly, or from random vectors of a `seed`; `weights` of inputs."""
+
+    exact: bool = False
+    seed: int = 0
+    weights: Weights | None = None
+
+
+_PLAIN = Search()
+
+
+@dataclass(frozen=True, slots=True)
 class _How:
     exact: bool
     generator: torch.Generator
@@ -143,42 +150,53 @@ def project(
     keep: Callable[[str, Factors], None],
     *,
     workers: int,
-    exact: bool = False,
-    seed: int = 0,
-    weights: Weights | None = None,
+    search: Search = _PLAIN,
+    lanes: Callable[[], Buffers] = Buffers,
 ) -> dict[str, Spectrum]:
     """Approximate every module's update, with as many factors as `choice` can need.
 
     `keep` is handed the factors of each as they come, from several threads, so that no more are
-    in memory than are worked on. Raises MismatchError for updates not defined everywhere.
+    in memory than are worked on. `lanes` makes the buffers of each worker, and with them says on
+    which device products are computed. Raises MismatchError for updates not defined everywhere.
     """
     reader = open_reader()
     found: dict[str, Spectrum] = {}
     faults: dict[str, RowFaults] = {}
 
-    spare = _Spare()
+    buffers = PerThread(lanes)
+
+    def approximated(
+        path: str, parts: Sequence[Part], own: Buffers
+    ) -> tuple[Factors, Spectrum] | RowFaults:
+        with _opened(parts, reader, own) as updates:
+            fault = sum((update.faults for update in updates), RowFaults())
+            if fault:
+                return fault
+            # By path, so that neither order nor threads change what a module gets.
+            generator = torch.Generator().manual_seed(search.seed ^ zlib.crc32(path.encode()))
+            weights = search.weights
+            how = _How(search.exact, generator, None if weights is None else weights(path))
+            return _approximate(path, updates, choice, how)
 
     def work(item: tuple[str, Sequence[Part]]) -> None:
         path, parts = item
-        with ExitStack() as stack:
-            updates = [
-                stack.enter_context(open_update(base, piece, reader, buffers))
-                for (base, piece), buffers in zip(parts, spare.several(len(parts)), strict=True)
-            ]
-            fault = sum((update.faults for update in updates), RowFaults())
-            if fault:
-                faults[path] = fault
-                return
-            # By path, so that neither order nor threads change what a module gets.
-            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
-            how = _How(exact, generator, None if weights is None else weights(path))
-            factors, found[path] = _approximate(path, updates, choice, how)
+        made = buffers.use(lambda own: approximated(path, parts, own))
+        if isinstance(made, RowFaults):
+            faults[path] = made
+            return
+        factors, found[path] = made
         keep(path, factors)
-        trim()
+        if len(found) % _TRIMMED == 0:
+            trim()
 
-    in_threads(list(modules.items()), work, workers)
+    # The largest first: none is left to one worker alone in the end.
+    in_threads(sorted(modules.items(), key=lambda item: -_size(item[1])), work, workers)
     raise_faults(faults, "the update is not defined everywhere")
     return {path: found[path] for path in modules}
+
+
+def _size(parts: Sequence[Part]) -> int:
+    return sum((piece.stop - piece.start) * base.spec.row_bytes for base, piece in parts)
 
 
 def _approximate(
@@ -198,7 +216,8 @@ def _approximate(
         held = square if whole is None else whole
         return Spectrum(path, operator.shape, factors.singular, held, by_magnitude)
 
-    return _searched(operator, square, choice, limit, how, spectrum)
+    likely = _inputs(updates, is_flipped=False)
+    return _searched(operator, square, choice, limit, how, spectrum, likely)
 
 
 def _approximate_weighted(
@@ -226,7 +245,9 @@ def _approximate_weighted(
             weighted_square=seen if whole is None else whole,
         )
 
-    found, figures = _searched(Weighted(operator, weight), seen, choice, limit, how, spectrum)
+    likely = weight.transposed_times(_inputs(updates, is_flipped=is_flipped).double())
+    weighted = Weighted(operator, weight.to(updates[0].buffers.device))
+    found, figures = _searched(weighted, seen, choice, limit, how, spectrum, likely)
     factors = unweighted(operator, found.left)
     figures = replace(figures, singular=factors.singular)
     return factors.transposed() if is_flipped else factors, figures
@@ -252,15 +273,13 @@ class _Missed:
         return self.operator.transposed_times(y).double() - low_rank
 
 
-class _Spare(threading.local):
-    """Buffers of a thread, for as many updates at once as a module has parts."""
-
-    def __init__(self) -> None:
-        self._buffers: list[Buffers] = []
-
-    def several(self, count: int) -> list[Buffers]:
-        self._buffers += [Buffers() for _ in range(count - len(self._buffers))]
-        return self._buffers[:count]
+@contextmanager
+def _opened(parts: Sequence[Part], reader: Reader, buffers: Buffers) -> Iterator[list[Update]]:
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(open_update(*part, reader, buffers, slot))
+            for slot, part in enumerate(parts)
+        ]
 
 
 def residuals(
@@ -272,8 +291,7 @@ def residuals(
     """
     reader = open_reader()
     weight, is_flipped = (None, False) if weighting is None else weighting
-    with ExitStack() as stack:
-        updates = [stack.enter_context(open_update(*part, reader, Buffers())) for part in parts]
+    with _opened(parts, reader, Buffers()) as updates:
         stored: Operator = updates[0] if len(updates) == 1 else _Stacked(updates)
         operator = Flipped(stored) if is_flipped else stored
         columns = _columns(updates, is_flipped=is_flipped)
@@ -297,6 +315,14 @@ def _columns(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
     return torch.stack([update.column_squares for update in updates]).sum(dim=0)
 
 
+def _inputs(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
+    """`[in, k]`, in the layer's sense: the inputs that the low-rank part of T sees."""
+    if is_flipped:
+        blocks: Tensor = torch.block_diag(*(u.up for u in updates))  # type: ignore[no-untyped-call]
+        return blocks.cpu()
+    return torch.cat([update.down for update in updates]).T.cpu()
+
+
 def _searched(
     operator: Operator,
     square: float,
@@ -304,6 +330,7 @@ def _searched(
     limit: int,
     how: _How,
     spectrum: Callable[[Factors, float | None], Spectrum],
+    likely: Tensor,
 ) -> tuple[Factors, Spectrum]:
     """Factors enough for the choice, of an operator with this ||operator||².
 
@@ -319,7 +346,7 @@ def _searched(
             total = float(whole.singular.square().sum())
             rank, factors = limit, whole.truncated(limit)
         else:
-            factors = krylov_factors(operator, rank, how.generator, square)
+            factors = krylov_factors(operator, rank, how.generator, square, likely)
         figures = spectrum(factors, total)
         enough = choice.share is None or figures.least_rank(choice.share) is not None
         if rank >= limit or enough:

@@ -26,14 +26,8 @@ from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass
 from dora_convert.maths.compare import relative
 from dora_convert.maths.dora import column_factors
-from dora_convert.maths.lowrank import (
-    Factors,
-    Flipped,
-    Operator,
-    exact_factors,
-    krylov_factors,
-    spans_everything,
-)
+from dora_convert.maths.krylov import krylov_factors, spans_everything
+from dora_convert.maths.lowrank import Factors, Flipped, Operator, exact_factors
 from dora_convert.maths.weighting import Weight, Weighted, unweighted
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.reader import Reader
@@ -141,10 +135,10 @@ def _rows(
     unit = Unit(0, part.job, first, part.piece.stop)
     blocks = merged_rows(unit, op.base, op.pieces, Input(reader, buffers, factors))
     nothing = torch.empty(0, dtype=torch.uint8)
-    with reader.rows(op.base) as base, reader.rows(part.stored) as stored:
-        for start, stop, merged, _ in blocks:
-            raw = buffers.take("base", op.base.spec.row_bytes * (stop - start))
-            before = base.read(start, stop, raw).to(merged.dtype)
+    with reader.rows(part.stored) as stored:
+        for block in blocks:
+            start, stop, merged = block.start, block.stop, block.rows
+            before = block.base.to(merged.dtype)
             held = stored.read(start, stop, nothing).to(merged.dtype)
             yield start - first, stop - first, before, merged, held
 
@@ -156,24 +150,27 @@ def _spilled(
     reader: Reader,
     buffers: Buffers,
 ) -> _Matrix:
-    square = 0.0
+    rows, columns = [], torch.zeros(parts[0].shape[1], dtype=torch.float64)
     with writing(file), file.open("wb") as handle:
         for part, factors in zip(parts, scales, strict=True):
             for _, _, _, merged, held in _rows(part, factors, reader, buffers):
                 missed = merged.sub_(held).float().contiguous()
-                square += _dot(missed, missed)
+                squares = missed.square()
+                rows.append(squares.sum(dim=1, dtype=torch.float64))
+                columns += squares.sum(dim=0)
                 handle.write(missed.numpy().data)
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     spec = TensorSpec("missed", DType.F32, shape)
-    return _Matrix(TensorRef(spec, Slice(file, 0), spec), square, reader, buffers)
+    return _Matrix(TensorRef(spec, Slice(file, 0), spec), torch.cat(rows), columns, reader, buffers)
 
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """A matrix in a file as an operator; `square` is its squared norm."""
+    """A matrix in a file as an operator, and the squared norms of its rows and columns."""
 
     ref: TensorRef
-    square: float
+    row_squares: Tensor
+    column_squares: Tensor
     reader: Reader
     buffers: Buffers
 
@@ -217,17 +214,16 @@ def _approximate(
 ) -> Factors:
     """A weighted one is turned to the layer's sense and back, as in `project`."""
     if weighting is None:
-        return _best(missed, rank, generator, missed.square)
+        return _best(missed, rank, generator, float(missed.row_squares.sum()))
     weight, is_flipped = weighting
     operator = Flipped(missed) if is_flipped else missed
-    found = _best(Weighted(operator, weight), rank, generator)
+    seen = weight.square(operator, missed.row_squares if is_flipped else missed.column_squares)
+    found = _best(Weighted(operator, weight), rank, generator, seen)
     factors = unweighted(operator, found.left)
     return factors.transposed() if is_flipped else factors
 
 
-def _best(
-    operator: Operator, rank: int, generator: torch.Generator, square: float | None = None
-) -> Factors:
+def _best(operator: Operator, rank: int, generator: torch.Generator, square: float) -> Factors:
     rank = min(rank, *operator.shape)
     if spans_everything(operator.shape, rank):
         return exact_factors(operator).truncated(rank)

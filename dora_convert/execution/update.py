@@ -18,14 +18,12 @@ from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.kernels import Operands, figure_dtype
-from dora_convert.execution.lanes import BLOCK_BYTES, Buffers
+from dora_convert.execution.lanes import Buffers
 from dora_convert.maths.dora import RowFaults, column_factors
 from dora_convert.storage.reader import Reader, RowBlocks
 
 __all__ = ["Update", "open_update"]
 
-# Weights of up to this size are read once and kept, one for each worker.
-_KEPT_BYTES = 32 << 20
 # Of ||w||² + ||d||²: what ||w + d||² must be more than to be taken from the sum's expansion.
 _CANCELLED = 1e-3
 
@@ -45,10 +43,12 @@ class Update:
 
     base: TensorRef
     piece: Piece
+    # On the device that `buffers` lead to; sums and squares are on the host.
     up: Tensor  # [out, rank], of rank 0 where the module has none
     down: Tensor  # [rank, in]
     magnitude: Tensor | None
     buffers: Buffers
+    slot: int
     blocks: RowBlocks
     dtype: torch.dtype
     by_row: bool
@@ -73,7 +73,7 @@ class Update:
         """||T - D||²: what D alone would miss."""
         if self.magnitude is None:
             return 0.0
-        return float((self.excess.double().square() * self.sums().direction).sum())
+        return float((self.excess.cpu().double().square() * self.sums().direction).sum())
 
     @property
     def row_squares(self) -> Tensor:
@@ -87,23 +87,23 @@ class Update:
 
     def times(self, x: Tensor) -> Tensor:
         """`T @ x`."""
-        inner, image = self._begun(x.to(self.dtype))
+        inner, image = self._begun(self._here(x))
         for start, stop, weight in self._scaled_rows():
             self._add(image, inner, start, stop, weight)
         return image
 
     def transposed_times(self, y: Tensor) -> Tensor:
         """`T.T @ y`."""
-        y = y.to(self.dtype)
-        returned = torch.zeros((y.shape[1], self.shape[1]), dtype=self.dtype)
+        y = self._here(y)
+        returned = y.new_zeros((y.shape[1], self.shape[1]))
         for start, stop, weight in self._scaled_rows():
             self._add_back(returned, y, start, stop, weight)
         return self._ended(returned, y)
 
     def round_trip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`T @ x` and `T.T @ T @ x`, from one reading of W."""
-        inner, image = self._begun(x.to(self.dtype))
-        returned = torch.zeros((x.shape[1], self.shape[1]), dtype=self.dtype)
+        inner, image = self._begun(self._here(x))
+        returned = image.new_zeros((x.shape[1], self.shape[1]))
         for start, stop, weight in self._scaled_rows():
             self._add(image, inner, start, stop, weight)
             self._add_back(returned, image, start, stop, weight)
@@ -124,8 +124,8 @@ class Update:
 
     def rows(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of W in the working type, numbered from the module's first row."""
-        for start, stop in self.blocks.spans(0, self.shape[0], BLOCK_BYTES):
-            yield start, stop, self.buffers.widen("raw", self._read(start, stop), self.dtype)
+        for start, stop in self.blocks.spans(0, self.shape[0], self.buffers.block_bytes):
+            yield start, stop, self.buffers.working(self._stored(start, stop), self.dtype)
 
     def squares(self, block: Tensor) -> Tensor:
         """Every element's square, until it is asked for again."""
@@ -133,18 +133,20 @@ class Update:
         scratch, _ = self.buffers.matrix("squares", rows, columns, self.dtype)
         return torch.square(block, out=scratch)
 
-    def _read(self, start: int, stop: int) -> Tensor:
+    def _here(self, vectors: Tensor) -> Tensor:
+        return vectors.to(self.buffers.device, self.dtype)
+
+    def _stored(self, start: int, stop: int) -> Tensor:
         kept = self._kept.get((start, stop))
         if kept is not None:
             return kept
-        first, size = self.piece.start, self.base.spec.row_bytes * (stop - start)
-        if self.shape[0] * self.base.spec.row_bytes > _KEPT_BYTES:
-            return self.blocks.read(first + start, first + stop, self.buffers.take("raw", size))
-        # One piece of memory for all weights of a worker: new pages cost as much as reading.
-        offset = start * self.base.spec.row_bytes
-        whole = self.buffers.take("kept", self.shape[0] * self.base.spec.row_bytes)
-        own = whole[offset : offset + size]
-        self._kept[start, stop] = kept = self.blocks.read(first + start, first + stop, own)
+        first = self.piece.start
+        if self.shape[0] * self.base.spec.row_bytes > self.buffers.kept_bytes:
+            return self.blocks.fetch(first + start, first + stop, self.buffers)
+        # In the same memory for all weights of a worker: new pages cost as much as reading.
+        kind = f"kept.{self.slot}.{len(self._kept)}"
+        kept = self.blocks.fetch(first + start, first + stop, self.buffers, kind)
+        self._kept[start, stop] = kept
         return kept
 
     def _scaled_rows(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -161,8 +163,9 @@ class Update:
     def _add(self, image: Tensor, inner: Tensor, start: int, stop: int, weight: Tensor) -> None:
         product = weight @ inner
         if self.by_row:
-            product *= self.excess[start:stop].unsqueeze(1)
-        image[start:stop] += product
+            image[start:stop].addcmul_(product, self.excess[start:stop].unsqueeze(1))
+        else:
+            image[start:stop] += product
 
     def _add_back(self, returned: Tensor, y: Tensor, start: int, stop: int, weight: Tensor) -> None:
         """`returned` is transposed, `[k, in]`: the product takes two thirds of the time so."""
@@ -184,7 +187,7 @@ class Update:
         """Squared norms of T's rows where the magnitude is theirs, else of its columns."""
         if self.magnitude is None:
             return _low_rank_squares(self.up, self.down, by_row=self.by_row)
-        sums, excess = self.sums(), self.excess.double()
+        sums, excess = self.sums(), self.excess.cpu().double()
         # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
         squares = excess.square() * sums.direction + 2 * excess * sums.crossed + sums.low_rank
         return squares.clamp_min(0)
@@ -193,7 +196,7 @@ class Update:
         """The same of the others, from one more reading of W."""
         if self.magnitude is None:
             return _low_rank_squares(self.up, self.down, by_row=not self.by_row)
-        total = torch.zeros(self.shape[int(self.by_row)], dtype=torch.float64)
+        total = self.zeros(self.shape[int(self.by_row)])
         for start, stop, direction, low_rank in self.directions():
             span = slice(start, stop) if self.by_row else slice(None)
             block = direction.mul_(self.excess[span].unsqueeze(int(self.by_row))).add_(low_rank)
@@ -201,30 +204,40 @@ class Update:
                 total += self.squares(block).sum(dim=0)
             else:
                 total[start:stop] = self.squares(block).sum(dim=1)
-        return total
+        return total.cpu()
+
+    def zeros(self, *shape: int) -> Tensor:
+        """For sums, float64."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.buffers.device)
 
 
 @contextmanager
 def open_update(
-    base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers
+    base: TensorRef, piece: Piece, reader: Reader, buffers: Buffers, slot: int = 0
 ) -> Iterator[Update]:
     """Read the factors and, where c depends on it, the weight once.
 
-    `buffers` serve one update at a time: some keep all of the weight there.
+    Updates that share `buffers` at the same time need a slot each: weights may be kept there.
     """
     dtype = figure_dtype(base.spec.dtype)
     operands = Operands.load(reader, piece, piece.start, piece.stop, dtype)
     by_row = piece.module.axis is MagnitudeAxis.OUT
     shape = (piece.stop - piece.start, base.spec.shape[1])
-    ones = torch.ones(shape[0 if by_row else 1], dtype=dtype)
+    ones = torch.ones(shape[0 if by_row else 1], dtype=dtype, device=buffers.device)
+    none = ones.new_zeros(0)
+    up, down = (
+        none.view(size) if factor is None else factor.to(buffers.device)
+        for factor, size in ((operands.up, (shape[0], 0)), (operands.down, (0, shape[1])))
+    )
     with reader.rows(base) as blocks:
         update = Update(
             base,
             piece,
-            torch.zeros((shape[0], 0), dtype=dtype) if operands.up is None else operands.up,
-            torch.zeros((0, shape[1]), dtype=dtype) if operands.down is None else operands.down,
+            up,
+            down,
             operands.magnitude,
             buffers,
+            slot,
             blocks,
             dtype,
             by_row,
@@ -239,11 +252,11 @@ def open_update(
 
 def _set_factors(update: Update, magnitude: Tensor) -> None:
     if update.piece.module.magnitude_is is MagnitudeKind.FACTOR:
-        update.factor, update.excess = magnitude, (magnitude.double() - 1).to(update.dtype)
-        return
-    factor, update.faults = column_factors(magnitude, update.sums().direction)
-    update.factor = factor.to(update.dtype)
-    update.excess = (factor - 1).to(update.dtype)
+        factor = magnitude.double()
+    else:
+        factor, update.faults = column_factors(magnitude, update.sums().direction)
+    update.factor = factor.to(update.factor)
+    update.excess = (factor - 1).to(update.factor)
 
 
 def _measured(update: Update) -> _Sums:
@@ -258,38 +271,38 @@ def _measured(update: Update) -> _Sums:
 
 def _of_rows(update: Update) -> tuple[Tensor, Tensor]:
     """`w²` and `w d` of every row."""
-    squares, crossed = torch.zeros((2, update.shape[0]), dtype=torch.float64)
+    squares, crossed = update.zeros(2, update.shape[0])
     for start, stop, weight in update.rows():
         squares[start:stop] = update.squares(weight).sum(dim=1)
         crossed[start:stop] = ((weight @ update.down.T).double() * update.up[start:stop]).sum(dim=1)
-    return squares, crossed
+    return squares.cpu(), crossed.cpu()
 
 
 def _of_columns(update: Update) -> tuple[Tensor, Tensor]:
     """The same of every column."""
-    squares = torch.zeros(update.shape[1], dtype=torch.float64)
+    squares = update.zeros(update.shape[1])
     product = torch.zeros_like(update.down)
     for start, stop, weight in update.rows():
         squares += update.squares(weight).sum(dim=0)
         product.addmm_(update.up[start:stop].T, weight)
-    return squares, (product.double() * update.down).sum(dim=0)
+    return squares.cpu(), (product.double() * update.down).sum(dim=0).cpu()
 
 
 def _directly(update: Update) -> _Sums:
     """By the definitions, where W and D cancel each other."""
-    sums = torch.zeros((3, update.shape[0 if update.by_row else 1]), dtype=torch.float64)
+    sums = update.zeros(3, update.shape[0 if update.by_row else 1])
     for start, stop, direction, low_rank in update.directions():
         v, d = direction.double(), low_rank.double()
         parts = torch.stack(
             [(a * b).sum(dim=int(update.by_row)) for a, b in ((v, v), (v, d), (d, d))]
         )
         sums[:, slice(start, stop) if update.by_row else slice(None)] += parts
-    return _Sums(*sums)
+    return _Sums(*sums.cpu())
 
 
 def _low_rank_squares(up: Tensor, down: Tensor, *, by_row: bool) -> Tensor:
     """Squared norms of the rows of `up @ down`, or of its columns, from the small Gram matrices."""
     up, down = up.double(), down.double()
     if by_row:
-        return ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0)
-    return (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0)
+        return ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0).cpu()
+    return (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0).cpu()

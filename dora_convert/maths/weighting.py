@@ -28,6 +28,18 @@ class Weight:
     factor: Tensor | None
     diagonal: Tensor | None
 
+    def to(self, device: torch.device) -> Weight:
+        """The same on a device."""
+        factor = None if self.factor is None else self.factor.to(device)
+        return Weight(factor, None if self.diagonal is None else self.diagonal.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        held = self.factor if self.diagonal is None else self.diagonal
+        assert held is not None
+        return held.device
+
     @property
     def width(self) -> int:
         """Columns of `L = [factor, diag(diagonal)]`."""
@@ -73,7 +85,7 @@ class Weighted:
 
     def times(self, x: Tensor) -> Tensor:
         """`T @ L @ x`."""
-        return self.operator.times(self.weight.times(x.double()))
+        return self.operator.times(self.weight.times(x.to(self.weight.device).double()))
 
     def transposed_times(self, y: Tensor) -> Tensor:
         """`L.T @ T.T @ y`."""
@@ -81,7 +93,8 @@ class Weighted:
 
     def round_trip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`T @ L @ x` and `L.T @ T.T @ T @ L @ x`."""
-        image, returned = round_trip(self.operator, self.weight.times(x.double()))
+        inputs = self.weight.times(x.to(self.weight.device).double())
+        image, returned = round_trip(self.operator, inputs)
         return image, self.weight.transposed_times(returned.double())
 
 
@@ -90,6 +103,6 @@ def unweighted(operator: Operator, left: Tensor) -> Factors:
 
     These need not fall: the columns are in the order of what they hold of `T L`.
     """
-    rows = operator.transposed_times(left).double().T
+    rows = operator.transposed_times(left).double().cpu().T
     norms = rows.norm(dim=1)
     return Factors(left, norms, rows / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(1))

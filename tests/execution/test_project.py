@@ -15,7 +15,7 @@ from dora_convert.core.lora import RankChoice
 from dora_convert.core.plan import Piece
 from dora_convert.errors import MismatchError, OutputError
 from dora_convert.execution.factors import Scratch
-from dora_convert.execution.project import Part, Spectrum, project
+from dora_convert.execution.project import Part, Search, Spectrum, project
 from dora_convert.execution.ranks import choose_ranks
 from dora_convert.maths.lowrank import Factors
 
@@ -81,9 +81,8 @@ def run(
 ) -> tuple[Kept, dict[str, Spectrum]]:
     kept = Kept()
     how = {"workers": 2, "exact": False, "seed": 0} | options
-    spectra = project(
-        parts, choice, kept, workers=how["workers"], exact=bool(how["exact"]), seed=how["seed"]
-    )
+    search = Search(exact=bool(how["exact"]), seed=how["seed"])
+    spectra = project(parts, choice, kept, workers=how["workers"], search=search)
     assert list(spectra) == list(parts)
     assert kept.factors.keys() == spectra.keys()
     return kept, spectra

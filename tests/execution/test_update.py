@@ -12,7 +12,6 @@ from torch import Tensor
 from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
-from dora_convert.execution import update as under_test
 from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.update import Update, open_update
 from dora_convert.storage.pickled import read_pickle_header
@@ -40,8 +39,8 @@ def parts(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
 @pytest.fixture(params=[(1, 0), (500, 1 << 20), (500, 0), (1 << 20, 1 << 20)], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Single rows, several blocks, one block; read each time, or once and kept."""
-    monkeypatch.setattr(under_test, "BLOCK_BYTES", request.param[0])
-    monkeypatch.setattr(under_test, "_KEPT_BYTES", request.param[1])
+    monkeypatch.setattr(Buffers, "block_bytes", request.param[0])
+    monkeypatch.setattr(Buffers, "kept_bytes", request.param[1])
 
 
 def check(update: Update, dense: Tensor, low_rank: Tensor, tolerance: float) -> None:
@@ -232,8 +231,8 @@ def test_a_small_weight_is_read_once(
     store: Store, monkeypatch: pytest.MonkeyPatch, block: None
 ) -> None:
     refs = store("adapter.safetensors", **parts(30, 20, OUT))
-    monkeypatch.setattr(under_test, "_KEPT_BYTES", 30 * 20 * 4)
-    monkeypatch.setattr(under_test, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(Buffers, "kept_bytes", 30 * 20 * 4)
+    monkeypatch.setattr(Buffers, "block_bytes", 500)
     base = store(w=random(30, 20))["w"]
     seen: list[int] = []
     read = RowBlocks.read
