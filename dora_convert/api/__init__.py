@@ -11,6 +11,7 @@ from dora_convert.api.converting import ConvertOptions, convert
 from dora_convert.api.correcting import ResidualOptions
 from dora_convert.api.inspecting import inspect
 from dora_convert.api.merging import MergeOptions, Silent, merge
+from dora_convert.api.plotting import PlotOptions, plot
 from dora_convert.api.projecting import LoraOptions, to_lora
 from dora_convert.api.pushing import Consent, PushOptions, check_push, push
 from dora_convert.api.reading import ReadOptions, read_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "ConvertOptions",
     "LoraOptions",
     "MergeOptions",
+    "PlotOptions",
     "PushOptions",
     "ReadOptions",
     "ResidualOptions",
@@ -34,6 +36,7 @@ __all__ = [
     "convert",
     "inspect",
     "merge",
+    "plot",
     "push",
     "read_adapter",
     "send_ahead",

@@ -9,13 +9,12 @@ from typing import Any
 
 from dora_convert.api.building import build_model, read_lines
 from dora_convert.core.lora import StatsReport
-from dora_convert.errors import InputError, OutputError
+from dora_convert.errors import InputError
 from dora_convert.hub.locate import local_path
 from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.mark import checkpoint_mark
-from dora_convert.storage.oserrors import writing
-from dora_convert.storage.publishing import sync
 from dora_convert.storage.selection import base_files
+from dora_convert.storage.single import check_file, whole_file
 
 __all__ = ["collect_stats"]
 
@@ -30,12 +29,7 @@ def collect_stats(
     """
     begun = time.perf_counter()
     checkpoint = open_checkpoint(local_path(base, base_files))
-    if output.exists() and not overwrite:
-        raise OutputError(
-            f"{output.name} is there already", where=str(output), hint="Pass --overwrite."
-        )
-    if not output.parent.is_dir():
-        raise OutputError(f"there is no folder {output.parent} to write to", where=str(output))
+    check_file(output, overwrite=overwrite)
     lines = read_lines(text)
     model, tokenizer = build_model(checkpoint, "collecting statistics")
     from dora_convert.execution.stats import collect, save_stats
@@ -53,15 +47,8 @@ def collect_stats(
     sketches = collect(model, batches())
     if not sketches:
         raise InputError("no linear layer of the model was reached", where=str(base))
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        save_stats(partial, sketches, mark=checkpoint_mark(checkpoint))
-        with writing(output):
-            sync(partial)
-            partial.replace(output)
-            sync(output.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(output) as file:
+        save_stats(file, sketches, mark=checkpoint_mark(checkpoint))
     return StatsReport(
         output=str(output),
         base=str(base),

@@ -42,20 +42,19 @@ def module_sums(plan: Plan, *, workers: int) -> dict[str, ModuleSums]:
         if isinstance(job.op, Merge)
         for piece in job.op.pieces
     ]
-    results: list[tuple[str, ModuleSums]] = []
+    results = [ModuleSums() for _ in work]
 
-    def measure(item: tuple[TensorRef, Piece, torch.dtype]) -> None:
-        base, piece, rounding = item
+    def measure(place: int) -> None:
+        base, piece, rounding = work[place]
         by_row = piece.module.axis is MagnitudeAxis.OUT or piece.module.magnitude is None
-        results.append(
-            (piece.module.path, (_rows if by_row else _columns)(base, piece, rounding, reader))
-        )
+        results[place] = (_rows if by_row else _columns)(base, piece, rounding, reader)
 
-    in_threads(work, measure, workers)
+    in_threads(range(len(work)), measure, workers)
     sums: dict[str, ModuleSums] = {}
-    for path, part in sorted(results, key=lambda item: item[0]):
-        sums.setdefault(path, ModuleSums()).add(part)
-    return sums
+    # Parts of a module in the plan's order, whichever was ready first: sums of floats tell.
+    for (_, piece, _), part in zip(work, results, strict=True):
+        sums.setdefault(piece.module.path, ModuleSums()).add(part)
+    return dict(sorted(sums.items()))
 
 
 def figures(parts: Sequence[ModuleSums], stored_as: str) -> Figures:

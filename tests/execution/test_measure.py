@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from dora_convert.core.tensors import DType
 from dora_convert.execution import measure
 from dora_convert.execution.measure import figures, module_sums, storage_label
 
-from .conftest import Store, module, plan_of
+from .conftest import Store, module, operands, plan_of, random
 
 
 @pytest.mark.parametrize("axis", MagnitudeAxis)
@@ -130,6 +131,29 @@ def write_embedding(folder: Path, rows: int, columns: int) -> None:
     config = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8}
     config["target_modules"] = ["embed_tokens"]
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_sums_do_not_depend_on_which_part_is_ready_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats added in another order are another sum."""
+    refs = store("adapter.safetensors", **operands(30, 24, MagnitudeAxis.OUT))
+    names = [f"w{i}" for i in range(5)]
+    bases = store(**{name: random(30, 24, seed=i) * 10**i for i, name in enumerate(names)})
+    jobs = {
+        name: (Merge(bases[name], (Piece(0, 30, module(refs)),)), DType.F32, (30, 24))
+        for name in names
+    }
+    plan = plan_of(jobs)
+    expected = module_sums(plan, workers=1)
+    for order in ((4, 3, 2, 1, 0), (2, 4, 0, 3, 1)):
+
+        def run(work: Sequence[int], do: Callable[[int], None], workers: int) -> None:
+            for i in order:  # noqa: B023
+                do(work[i])
+
+        monkeypatch.setattr(measure, "in_threads", run)
+        assert module_sums(plan, workers=1) == expected
 
 
 def test_no_module_no_figures() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_convert import api
 from dora_convert.core.lora import RankChoice
+from dora_convert.core.pictures import Curve
 
 from .models import merged_by_formula
 
@@ -105,3 +106,19 @@ def test_near_the_optimum(
     assert report.residual == pytest.approx(math.sqrt(lost / total), rel=1e-3, abs=1e-5)
     if rank == FULL:
         assert math.sqrt(lost / total) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_spectrum_that_is_drawn(
+    minilm: Path, updates: dict[str, Tensor], spectra: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Every rank up to 64 of one run, of all modules and of a group, near those of a full SVD."""
+    how = api.PlotOptions(kind="spectrum", max_rank=64)
+    report = api.plot(ADAPTER, tmp_path / "spectrum.svg", base=minilm, how=how)
+    curves = {curve.group: curve for curve in report.shown if isinstance(curve, Curve)}
+    for group in (None, "query", "intermediate.dense"):
+        paths = [path for path in updates if group is None or path.endswith(f".{group}")]
+        total = sum(float(updates[path].square().sum()) for path in paths)
+        for rank, missed in enumerate(curves[group].missed, 1):
+            least = sum(float(spectra[path][rank:].square().sum()) for path in paths)
+            assert 1 - 1e-5 <= missed / math.sqrt(least / total) <= 1.002, (group, rank)

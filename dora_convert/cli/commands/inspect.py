@@ -10,7 +10,6 @@ import click
 from dora_convert.cli.console import note, printable, show_json
 from dora_convert.cli.params import (
     PATH,
-    base_option,
     examples,
     json_option,
     read_options,
@@ -29,17 +28,33 @@ __all__ = ["COMMAND"]
     ),
 )
 @click.argument("adapter", type=PATH)
-@base_option
+@click.option(
+    "-b",
+    "--base",
+    type=PATH,
+    metavar="MODEL",
+    help="Base model to measure it on: a folder, or org/name[@revision] on the Hub.",
+)
 @click.option("--per-module", is_flag=True, help="Show each module instead of each kind of module.")
+@click.option(
+    "--plot",
+    "picture",
+    type=PATH,
+    metavar="FILE",
+    help="Draw it too, into a new .png, .svg or .pdf: as plot, which has more kinds of pictures.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the FILE of --plot if it exists.")
 @workers_option
 @json_option
 @read_options
 def _inspect(
     adapter: Path,
     base: Path | None,
+    picture: Path | None,
+    workers: int | None,
     *,
     per_module: bool,
-    workers: int | None,
+    overwrite: bool,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -52,7 +67,13 @@ def _inspect(
 
     options = reading_options(**reading)
     report = api.inspect(
-        adapter, base=base, options=options, per_module=per_module, workers=workers
+        adapter,
+        base=base,
+        options=options,
+        per_module=per_module,
+        picture=picture,
+        overwrite=overwrite,
+        workers=workers,
     )
     if as_json:
         show_json("inspect", report)
