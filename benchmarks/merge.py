@@ -1,7 +1,10 @@
 """Time a merge of a Llama-1B-shaped checkpoint against `cp` and PEFT. See README.md here.
 
 * `python benchmarks/merge.py`: one size; cp, PEFT and dora-convert.
-* `python benchmarks/merge.py --depth 16,64`: several sizes; does memory stay flat?
+* `python benchmarks/merge.py --depth 4,16,64 --skip-peft 64`: several sizes; is memory flat, and
+  does time grow as the bytes do?
+
+It takes twice the bytes of the largest size on the disk: one base, and one output at a time.
 """
 
 from __future__ import annotations
@@ -63,31 +66,37 @@ class Case:
 def measure(case: Case, commands: Mapping[str, Command], rounds: int) -> Runs:
     """Alternate between the commands, so that a slow minute of the machine hits all of them."""
     runs: Runs = {name: [] for name in commands}
-    prepare(case)
-    run(commands[CP])  # not counted: the first to fill so many pages and blocks is slower
+    once(case, commands[CP])  # not counted: the first to fill so many pages and blocks is slower
     for number in range(1, rounds + 1):
         for name, command in commands.items():
-            prepare(case)
-            result = run(command)
+            result = once(case, command)
             runs[name].append(result)
             say(f"round {number}: {name} {result.seconds:.2f} s")
     for name, command in commands.items():
-        prepare(case)
-        runs[name][0] = replace(runs[name][0], own_peak=run(command, sampled=True).own_peak)
-    shutil.rmtree(case.out.parent)
+        peak = once(case, command, sampled=True).own_peak
+        runs[name][0] = replace(runs[name][0], own_peak=peak)
     return runs
 
 
+def once(case: Case, command: Command, *, sampled: bool = False) -> Measured:
+    """Run it; its output goes at once, since the disk may not hold two."""
+    outputs = case.out.parent
+    shutil.rmtree(outputs, ignore_errors=True)
+    outputs.mkdir()
+    prepare(case)
+    try:
+        return run(command, sampled=sampled)
+    finally:
+        shutil.rmtree(outputs)
+
+
 def prepare(case: Case) -> None:
-    """No output, no dirty pages of an earlier run, and the inputs in the page cache.
+    """No dirty pages of an earlier run, and the inputs in the page cache.
 
     Then a pause: a virtual machine hands freed memory back to its host within two seconds, and
     taking it again costs more than the copy. Without the pause a command that starts at once
     would be spared what one that first imports torch has to pay.
     """
-    outputs = case.out.parent
-    shutil.rmtree(outputs, ignore_errors=True)
-    outputs.mkdir()
     os.sync()
     for folder in (case.base, case.adapter):
         for path in folder.iterdir():
@@ -152,18 +161,24 @@ def comparison(runs: Runs, torch_only: int) -> str:
 
 def depths(by_layers: Mapping[int, Runs], sizes: Mapping[int, int], torch_only: int) -> str:
     """Return the table of several sizes."""
-    head = ["layers", "GB", "median, s", "cp, s", "of cp", "own memory, MiB", "above torch, MiB"]
+    head = ["layers", "GB", "median, s", "merge phase, s", "cp, s", "merge phase of cp"]
+    head += ["PEFT, s", "of PEFT", "own memory, MiB", "above torch, MiB"]
     rows = []
     for layers, runs in by_layers.items():
         ours, copy = median(seconds(runs[OURS])), median(seconds(runs[CP]))
+        merge = median(phases(result).get("merge", 0.0) for result in runs[OURS])
+        peft = median(seconds(runs[PEFT])) if PEFT in runs else None
         peak = own_peak(runs[OURS])
         rows.append(
             [
                 str(layers),
                 f"{sizes[layers] / 1e9:.2f}",
                 f"{ours:.2f}",
+                f"{merge:.2f}",
                 f"{copy:.2f}",
-                f"{ours / copy:.2f}",
+                f"{merge / copy:.2f}",
+                "" if peft is None else f"{peft:.2f}",
+                "" if peft is None else f"{ours / peft:.3f}",
                 f"{peak / MIB:.0f}",
                 f"{(peak - torch_only) / MIB:.0f}",
             ]
@@ -190,29 +205,39 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
-def check_space(folder: Path, shapes: Iterable[llama.Shape]) -> None:
-    needed = 2.2 * max(shape.nbytes() for shape in shapes)
+def check_space(folder: Path, home: Path, shape: llama.Shape) -> None:
+    """A base, if it is not there already, and one output; a twentieth for what goes with them."""
+    there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    needed = 2.05 * shape.nbytes() - there
     free = shutil.disk_usage(folder).free
     if free < needed:
-        sys.exit(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed")
+        sys.exit(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB more are needed")
 
 
 def bench(
     folder: Path, shapes: Mapping[int, llama.Shape], options: argparse.Namespace
 ) -> dict[int, Runs]:
-    """One size after the other; the data of each is deleted unless kept."""
-    check_space(folder, shapes.values())
-    peft = not (options.skip_peft or options.depth)
+    """One size after the other; the data of each is deleted unless kept, also if it fails."""
     results = {}
+    without_peft = () if options.skip_peft is None else options.skip_peft or shapes
     for layers, shape in shapes.items():
         home = folder / f"llama-{layers}-{shape.hidden}"
-        say(f"data: {layers} layers, {shape.nbytes() / 1e9:.2f} GB")
-        base, adapter = llama.make(home, shape)
-        case = Case(base, adapter, home / "outputs" / "merged")
-        results[layers] = measure(case, case.commands(peft=peft), options.rounds)
-        if not options.keep:
-            shutil.rmtree(home)
+        check_space(folder, home, shape)
+        home.mkdir(exist_ok=True)
+        try:
+            say(f"data: {layers} layers, {shape.nbytes() / 1e9:.2f} GB")
+            base, adapter = llama.make(home, shape)
+            case = Case(base, adapter, home / "outputs" / "merged")
+            commands = case.commands(peft=layers not in without_peft)
+            results[layers] = measure(case, commands, options.rounds)
+        finally:
+            if not options.keep:
+                shutil.rmtree(home)
     return results
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -221,12 +246,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     size.add_argument("--layers", type=int, default=16, help="depth of the model (16)")
     size.add_argument(
         "--depth",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=numbers,
         metavar="N,N",
-        help="several depths, without PEFT: shows how memory depends on size",
+        help="several depths: shows how time and memory depend on size",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each command (3)")
-    parser.add_argument("--skip-peft", action="store_true", help="for what PEFT has no memory")
+    parser.add_argument(
+        "--skip-peft",
+        type=numbers,
+        nargs="?",
+        const=[],
+        metavar="N,N",
+        help="leave PEFT out at these depths, or at all: where it has no memory",
+    )
     parser.add_argument("--dir", type=Path, help="where the data goes (a new temporary folder)")
     parser.add_argument("--keep", action="store_true", help="keep the data, to be used again")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")

@@ -1,7 +1,7 @@
 """Draw time and memory against the size of the model, from what `merge.py --depth` wrote.
 
 `python benchmarks/merge.py --depth 4,16,64 --json depth.json`, then
-`python benchmarks/plot.py depth.json benchmarks/depth.svg`. Needs matplotlib.
+`python benchmarks/plot.py depth.json benchmarks/depth.svg`. Needs the extra `plot`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_convert.api.bases import open_base
@@ -25,7 +26,9 @@ class BenchOptions:
     """How to measure.
 
     `sample`: bytes of the result that are made. `folder`: where they are made, and deleted again.
-    `workers`, `device`, `max_memory`: as for a merge.
+    `workers`, `device`, `max_memory`: as for a merge. `timeline`: a file that is written, or
+    replaced, with what every thread and device did during the merge, in Google's Trace Event
+    Format: https://ui.perfetto.dev and chrome://tracing open it.
     """
 
     sample: int = 1 << 30
@@ -33,6 +36,7 @@ class BenchOptions:
     workers: int | None = None
     device: str = "cpu"
     max_memory: int | None = None
+    timeline: Path | None = None
 
 
 def bench(
@@ -48,6 +52,9 @@ def bench(
     Raises InputError, MismatchError and OutputError as `merge` does.
     """
     options, how = options or ReadOptions(), how or BenchOptions()
+    if how.timeline is not None:
+        with writing(how.timeline):
+            how.timeline.parent.stat()
     found = read_adapter(adapter, options)
     base = base or named_base(found)
     checkpoint = open_base(base, options)
@@ -57,6 +64,7 @@ def bench(
 
     from dora_convert.execution import devices
     from dora_convert.execution.bench import sampled, stages
+    from dora_convert.execution.timeline import Timeline
 
     workers = worker_count(how.workers)
     sample = sampled(proposal.plan, how.sample)
@@ -67,6 +75,7 @@ def bench(
             hint="Only safetensors files are: save the base as these.",
         )
     chosen = devices.named(how.device, proposal.plan, workers=workers)
+    timeline = None if how.timeline is None else Timeline()
     with (
         writing(how.folder),
         tempfile.TemporaryDirectory(prefix=".dora-convert-", dir=how.folder) as place,
@@ -77,9 +86,15 @@ def bench(
             workers=workers,
             lanes=devices.lanes(chosen, workers=workers, max_memory=how.max_memory),
             listener=listener or Silent(),
+            timeline=timeline,
         )
     names = tuple(str(device) for device in chosen)
-    return _report(measured, proposal.plan.nbytes, names, workers)
+    report = _report(measured, proposal.plan.nbytes, names, workers)
+    if timeline is None or how.timeline is None:
+        return report
+    with writing(how.timeline):
+        how.timeline.write_text(json.dumps(timeline.trace()) + "\n", encoding="utf-8")
+    return replace(report, activities=timeline.activities())
 
 
 def _report(

@@ -50,7 +50,7 @@ class MergeOptions:
 
     `dtype`: element type of all plain floats, by default each tensor's own. `max_shard_size`:
     bytes; by default the base's own shards. `workers`: threads, by default one a core. `device`:
-    where dense weights are merged, as `execution.devices.named` has it; `max_memory`: bytes that
+    where the arithmetic is done, as `execution.devices.named` has it; `max_memory`: bytes that
     may be taken there. `keep_zero_rows`: leave rows of norm 0 at 0 instead of refusing them.
     `samples`: rows and modules that are recomputed afterwards, None for all, 0 for none.
     `overwrite`: replace the output; `restart`: give up what an interrupted run of another merge

@@ -66,14 +66,14 @@ class _Progress:
         self.listener.sealed(file)
 
 
-class _Held(Journal):
+@dataclass(slots=True)
+class _Held:
     """Takes what was found out about a shard, which counts once it was checked, and sent."""
 
-    def __init__(self) -> None:
-        self.sealed = {}
+    sealed: dict[str, Sealed] = field(default_factory=dict)
 
     def add(self, entry: Sealed) -> None:
-        """See `Journal`."""
+        """See `Record`."""
         self.sealed[entry.file] = entry
 
 

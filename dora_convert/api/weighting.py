@@ -41,41 +41,49 @@ def weighting(
 ) -> tuple[Weights | None, list[str]]:
     """What `project` asks for each module's weight, None for plain, and notes on what it leaves.
 
-    A `weight` of None is "norm" without notes: nobody asked for it.
+    A `weight` of None is "norm" without a note on layers that have none: nobody asked for it.
     """
     if stats is not None:
         return _by_stats(stats, layers, checkpoint)
     if weight == "plain":
         return None, []
-    weights, notes = _by_norm(layers, names, checkpoint)
-    return weights, notes if weight is not None else []
+    weights, broken, missing = _by_norm(layers, names, checkpoint)
+    return weights, broken if weight is None else [*broken, *missing]
 
 
 def _by_norm(
     layers: Sequence[LoraLayer], names: Resolver, checkpoint: Checkpoint
-) -> tuple[Weights, list[str]]:
-    """Weights by the gain of the norm before a layer, and a note on those without one."""
+) -> tuple[Weights, list[str], list[str]]:
+    """Weights by the gain of the norm before a layer.
+
+    And notes: on norms whose gains are not finite, and on layers without a norm.
+    """
     from dora_convert.execution.decoding import open_reader
     from dora_convert.maths.weighting import Weight
 
     linear = _linear(layers)
-    gains = {
-        path: checkpoint.tensors[name]
+    norms = {
+        path: name
         for path, name in norm_tensors(linear, names).items()
         if checkpoint.tensors[name].spec.shape == linear[path].shape[1:]
     }
     reader, shift = open_reader(), 1 if adds_one(checkpoint.config) else 0
+    gains, broken = {}, []
+    for name in dict.fromkeys(norms.values()):
+        gain = reader.load(checkpoint.tensors[name]).double() + shift
+        if not gain.isfinite().all():
+            paths = ", ".join(path for path in norms if norms[path] == name)
+            broken.append(f"{name} has gains that are NaN or infinite: {paths} plain")
+        elif (gain != gain[0]).any():  # one gain for all inputs weights nothing
+            gains[name] = gain
 
     def weights(path: str) -> tuple[Weight, bool] | None:
-        if path not in gains:
-            return None
-        gain = reader.load(gains[path]).double() + shift
-        # One gain for all inputs weights nothing, and numbers that are none weight nothing well.
-        uneven = bool(gain.isfinite().all()) and bool((gain != gain[0]).any())
-        return (Weight(None, gain), linear[path].flipped) if uneven else None
+        name = norms.get(path)
+        return (Weight(None, gains[name]), linear[path].flipped) if name in gains else None
 
-    without = sum(not layer.empty for layer in layers) - len(gains)
-    return weights, [f"{without} modules have no known norm before them: plain"] if without else []
+    without = sum(not layer.empty for layer in layers) - len(norms)
+    missing = [f"{without} modules have no known norm before them: plain"] if without else []
+    return weights, broken, missing
 
 
 def _by_stats(

@@ -132,7 +132,7 @@ def device_options(command: F) -> F:
             default="cpu",
             show_default=True,
             metavar="DEVICE",
-            help="Merge dense weights on cpu, cuda, cuda:0,cuda:1 or mps, or on auto, the faster.",
+            help="Do the arithmetic on cpu, cuda, cuda:0,cuda:1 or mps, or on auto, the faster.",
         ),
         click.option(
             "--max-memory",

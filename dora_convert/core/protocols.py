@@ -62,9 +62,14 @@ class Listener(Protocol):
 
 
 class Dequantizer(Protocol):
-    """One quantisation scheme, read; `quant/NAME.py` holds one as `QUANTIZER`."""
+    """One quantisation scheme, read; `quant/NAME.py` holds one as `QUANTIZER`.
+
+    Blocks may lie on any device, and the arithmetic stays there. `on_host`: the roles of parts
+    that are given on the host all the same, because something there has to look at them.
+    """
 
     title: str
+    on_host: tuple[str, ...]
 
     def detect(self, config: Json) -> bool:
         """Whether config.json says that weights of this scheme are in the checkpoint."""
@@ -106,12 +111,15 @@ class Quantizer(Dequantizer, Protocol):
 
     One weight: `layout`; for every block `quantize`, in any order; then `constants`. Where
     `surveys`, every block is shown to `survey` as well, and `gather` makes one statistic of all
-    that came out, in row order. Where `two_pass`, `quantize` needs it, hence before any block.
+    that came out, in row order. Where `two_pass`, `quantize` needs it, hence before any block;
+    elsewhere `constants` alone do, and `surveyed` is the role of the part whose places in `windows`
+    are also those of the numbers that `survey` gives.
     `returns` is the type that the scheme's library decodes to, None for the weight's own.
     """
 
     surveys: bool
     two_pass: bool
+    surveyed: str | None
     returns: DType | None
 
     def takes(self, dense: TensorSpec) -> bool:

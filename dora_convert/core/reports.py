@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "Activity",
     "BenchReport",
     "ConvertReport",
     "Figures",
@@ -31,11 +32,20 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Activity:
+    """A stage of a merge. `seconds`: of all threads. `busy`: the share of the time it went on."""
+
+    stage: str
+    seconds: float
+    busy: float
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
     """How fast a merge is here. `of_copy`: its time over that of copying the same bytes.
 
     `limit`: what it waits for: `disk`, or `arithmetic`. `nbytes`: of the whole result, from which
-    `seconds` is extrapolated.
+    `seconds` is extrapolated. `activities`: of the merge, where its timeline was asked for.
     """
 
     stages: tuple[Stage, ...]
@@ -45,6 +55,7 @@ class BenchReport:
     seconds: float
     devices: tuple[str, ...]
     workers: int
+    activities: tuple[Activity, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,17 @@ from dora_convert.core.protocols import Listener
 from dora_convert.core.reports import Stage
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.decoding import open_reader
-from dora_convert.execution.kernels import Output, run_unit
+from dora_convert.execution.kernels import Output
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, PerThread
+from dora_convert.execution.quantise import do_unit, is_surveyed
 from dora_convert.execution.run import run
+from dora_convert.execution.sealing import ShardMaker
+from dora_convert.execution.surveys import Surveys
 from dora_convert.execution.threads import in_threads
+from dora_convert.execution.timed import timed_lanes, timed_shards
+from dora_convert.execution.timeline import Timeline
 from dora_convert.execution.units import Unit, is_two_pass, units
+from dora_convert.storage.shards import ShardWriter
 
 __all__ = ["dropped", "sampled", "stages"]
 
@@ -42,11 +48,18 @@ def sampled(plan: Plan, nbytes: int) -> Plan:
 
 
 def stages(
-    plan: Plan, folder: Path, *, workers: int, lanes: Callable[[], Buffers], listener: Listener
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int,
+    lanes: Callable[[], Buffers],
+    listener: Listener,
+    timeline: Timeline | None = None,
 ) -> tuple[Stage, ...]:
     """Seconds and bytes of every stage, in files that are made in `folder` and left there.
 
     Reading is done twice: the first time is the disk's, where the system has not kept the files.
+    `timeline` is told of what the merge does.
     """
     copy = _copies(plan)
     found = [Stage("read", _read(copy, workers), copy.nbytes)]
@@ -54,11 +67,15 @@ def stages(
     merged = _merged(plan, workers, lanes)
     if merged is not None:
         found.append(Stage("read and merge", *merged))
-    for name, part, make in (("copy", copy, Buffers), ("merge", plan, lanes)):
+    shards: ShardMaker = ShardWriter
+    if timeline is not None:
+        lanes, shards = timed_lanes(lanes, timeline), timed_shards(timeline)
+    copying, merging = (copy, Buffers, ShardWriter), (plan, lanes, shards)
+    for name, (part, make, files) in (("copy", copying), ("merge", merging)):
         place = folder / name
         place.mkdir()
         begun = time.perf_counter()
-        result = run(part, place, workers=workers, listener=listener, lanes=make)
+        result = run(part, place, workers=workers, listener=listener, lanes=make, shards=files)
         found.append(Stage(name, result.merge, part.nbytes))
         found.append(Stage(f"{name}, on disk", time.perf_counter() - begun, part.nbytes))
     return tuple(found)
@@ -122,8 +139,8 @@ class _Nowhere:
 
 
 def _merged(plan: Plan, workers: int, lanes: Callable[[], Buffers]) -> tuple[float, int] | None:
-    """Seconds and bytes of merging without writing; None where nothing is merged densely."""
-    work = [unit for unit in units(plan) if isinstance(unit.job.op, Merge)]
+    """Seconds and bytes of merging without writing; None where nothing is merged."""
+    work = [unit for unit in units(plan) if isinstance(unit.job.op, Merge | Quantise)]
     if not work:
         return None
     dropped(work[:workers], workers, lanes)  # loads what a device needs
@@ -133,15 +150,19 @@ def _merged(plan: Plan, workers: int, lanes: Callable[[], Buffers]) -> tuple[flo
 def dropped(work: Sequence[Unit], workers: int, lanes: Callable[[], Buffers]) -> float:
     """Seconds for units that are read, merged and forgotten."""
     reader, buffers = open_reader(), PerThread(lanes)
-    # Of norms over the rows this is the second pass alone; what it multiplies with is no matter.
+    # Of two passes this is the second alone; what the first would have found is no matter.
     factors = {
         unit.job.output.name: torch.ones(unit.job.output.shape[1], dtype=torch.float64)
         for unit in work
         if is_two_pass(unit.job)
     }
+    statistics = {unit.job.output.name: torch.ones(1) for unit in work if is_surveyed(unit)}
+    surveys = Surveys(work)
 
     def merge(unit: Unit) -> None:
-        buffers.use(lambda own: run_unit(unit, Output(reader, own, factors, _Nowhere())))
+        buffers.use(
+            lambda own: do_unit(unit, Output(reader, own, factors, _Nowhere()), statistics, surveys)
+        )
 
     begun = time.perf_counter()
     in_threads(work, merge, workers)

@@ -10,20 +10,23 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from dora_convert.core.plan import Merge, Plan, Quantise
+from dora_convert.core.plan import Copy, Merge, Plan, Quantise, ScaleBias
+from dora_convert.core.tensors import DType
 from dora_convert.errors import InputError
 from dora_convert.execution.bench import dropped
 from dora_convert.execution.kernels import work_dtype
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers, Transport
-from dora_convert.execution.units import Unit, units
+from dora_convert.execution.units import Unit, is_two_pass, units
 
 __all__ = ["CudaTransport", "DirectTransport", "lanes", "named", "pays"]
 
 # Large enough that starting a copy or a kernel costs nothing beside it.
 _DEVICE_BLOCK = 16 << 20
-# What a block needs on a device: as read, twice as wide or four times, as written, and scratch.
-_COPIES = 10
+# What a block needs on a device, in its own size: 4 for bfloat16, 12 for float16, up to 15 where it
+# is decoded or quantised.
+_COPIES = 16
 _HOST = (torch.device("cpu"),)
+_SMALL_FLOATS = {DType.F8_E4M3, DType.F8_E5M2}
 
 
 class CudaTransport:
@@ -114,8 +117,9 @@ def lanes(
             device = next(turns)
         if device.type == "cpu":
             return Buffers()
-        size = _block_bytes(device, -(-workers // len(devices)), max_memory)
-        return DeviceBuffers(_transport(device), size)
+        share = _share(device, -(-workers // len(devices)), max_memory)
+        block = min(_DEVICE_BLOCK, max(BLOCK_BYTES, share // _COPIES))
+        return DeviceBuffers(_transport(device), block, max(0, share - _COPIES * block))
 
     return make
 
@@ -132,11 +136,12 @@ def _transport(device: torch.device) -> Transport:
     return CudaTransport(device) if device.type == "cuda" else DirectTransport(device)
 
 
-def _block_bytes(device: torch.device, workers: int, max_memory: int | None) -> int:
+def _share(device: torch.device, workers: int, max_memory: int | None) -> int:
+    """Bytes of the device for each worker."""
     if max_memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
         max_memory = free // 2
-    return min(_DEVICE_BLOCK, max(BLOCK_BYTES, max_memory // (workers * _COPIES)))
+    return max_memory // workers
 
 
 def _check(device: torch.device, plan: Plan) -> None:
@@ -155,6 +160,11 @@ def _check(device: torch.device, plan: Plan) -> None:
             "this base has to be merged in float64, which mps does not have",
             hint="Leave --device out; or merge into bfloat16 weights.",
         )
+    if device.type == "mps" and _has_small_floats(plan):
+        raise InputError(
+            "the base or the result holds floats of 8 bits, which mps does not have",
+            hint="Leave --device out.",
+        )
 
 
 def _has_mps() -> bool:
@@ -162,19 +172,31 @@ def _has_mps() -> bool:
 
 
 def _needs_double(plan: Plan) -> bool:
+    """Sums over rows, and what a bias is scaled by, are float64 whatever the weights are."""
     return any(
-        work_dtype(job.op.base.spec.dtype, job.output.dtype) is torch.float64
+        isinstance(job.op, ScaleBias)
+        or is_two_pass(job)
+        or (
+            isinstance(job.op, Merge | Quantise)
+            and work_dtype(job.op.base.spec.dtype, job.output.dtype) is torch.float64
+        )
         for job in plan.jobs
-        if isinstance(job.op, Merge | Quantise)
     )
+
+
+def _has_small_floats(plan: Plan) -> bool:
+    jobs = [job for job in plan.jobs if not isinstance(job.op, Copy)]
+    stored = {ref.stored.dtype for job in jobs for ref in job.slices}
+    written = {spec.dtype for job in jobs for spec in job.stored}
+    return not _SMALL_FLOATS.isdisjoint(stored | written)
 
 
 def _measured(plan: Plan, workers: int) -> Sequence[torch.device]:
     """Devices that merge some of the plan's own blocks faster than the CPU does, else the CPU."""
     found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    if not found and _has_mps() and not _needs_double(plan):
+    if not found and _has_mps() and not (_needs_double(plan) or _has_small_floats(plan)):
         found = [torch.device("mps")]
-    able = (unit for unit in units(plan) if isinstance(unit.job.op, Merge))
+    able = (unit for unit in units(plan) if isinstance(unit.job.op, Merge | Quantise))
     sample = list(itertools.islice(able, 2 * workers))
     if not found or not sample:
         return _HOST

@@ -30,6 +30,7 @@ from dora_convert.storage.opening import opened
 from dora_convert.storage.reader import Reader
 
 __all__ = [
+    "Block",
     "Input",
     "Operands",
     "Output",
@@ -165,17 +166,30 @@ def _directions(
     dtype = work_dtype(base.spec.dtype, unit.job.output.dtype)
     with reader.rows(base) as blocks:
         for start, stop in blocks.spans(unit.start, unit.stop, buffers.block_bytes):
-            raw = buffers.landing("raw", base.spec.row_bytes * (stop - start))
-            work = buffers.widen("raw", blocks.read(start, stop, raw), dtype)
+            work = buffers.working(blocks.fetch(start, stop, buffers), dtype)
             if operands.up is not None and operands.down is not None:
                 add_update(work, operands.up[start - unit.start : stop - unit.start], operands.down)
             yield start, stop, work
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows `start:stop` on the worker's device, until the next are asked for.
+
+    `base` is W as it was read, `rows` is W' in the working type.
+    """
+
+    start: int
+    stop: int
+    base: Tensor
+    rows: Tensor
+    faults: RowFaults
+
+
 def merged_rows(
     unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], given: Input, *, multiple: int = 1
-) -> Iterator[tuple[int, int, Tensor, RowFaults]]:
-    """Blocks `(start, stop, W', faults)` of a unit; rows outside every piece are the base's own.
+) -> Iterator[Block]:
+    """Blocks of a unit; rows outside every piece are the base's own.
 
     Blocks have a multiple of `multiple` rows, but for the last.
     """
@@ -188,14 +202,14 @@ def merged_rows(
     with given.reader.rows(base) as blocks:
         cuts = blocks.spans(unit.start, unit.stop, buffers.block_bytes, multiple=multiple)
         for start, stop in cuts:
-            raw = buffers.landing("raw", base.spec.row_bytes * (stop - start))
-            work = buffers.widen("raw", blocks.read(start, stop, raw), dtype)
+            stored = blocks.fetch(start, stop, buffers)
+            work = buffers.working(stored, dtype)
             faults = RowFaults()
             for span in spans:
                 a, b = max(start, span.start), min(stop, span.stop)
                 if a < b:
                     faults += _merge_part(work[a - start : b - start], span, a, factors)
-            yield start, stop, work, faults
+            yield Block(start, stop, stored, work, faults)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +249,9 @@ def _merge(unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], out: Output) 
     faults = RowFaults()
     name, dtype = unit.job.output.name, TORCH[unit.job.output.dtype]
     row_bytes = base.spec.shape[1] * dtype.itemsize
-    for start, _, work, fault in merged_rows(unit, base, pieces, out):
-        put = partial(out.writer.write, name, start * row_bytes)
-        faults += fault + overflows(work, out.buffers.send(work, dtype, put))
+    for block in merged_rows(unit, base, pieces, out):
+        put = partial(out.writer.write, name, block.start * row_bytes)
+        faults += block.faults + overflows(block.rows, out.buffers.send(block.rows, dtype, put))
     out.buffers.finish()
     return faults
 
@@ -326,8 +340,7 @@ def _cast(unit: Unit, source: TensorRef, out: Output) -> RowFaults:
     span = (unit.start, unit.stop) if isinstance(source.source, Encoded) else (0, rows)
     with out.reader.rows(matrix) as blocks:
         for start, stop in blocks.spans(*span, out.buffers.block_bytes):
-            raw = out.buffers.landing("raw", matrix.spec.row_bytes * (stop - start))
-            stored = out.buffers.upload("raw", blocks.read(start, stop, raw))
+            stored = blocks.fetch(start, stop, out.buffers)
             put = partial(out.writer.write, name, start * columns * dtype.itemsize)
             faults += overflows(stored, out.buffers.send(stored, dtype, put))
     out.buffers.finish()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_BYTES", "Buffers", "DeviceBuffers", "Memory", "PerThread", "Transport"]
+__all__ = ["BLOCK_BYTES", "Buffers", "DeviceBuffers", "Memory", "Parcel", "PerThread", "Transport"]
 
 # A block and its float32 copy stay in a core's cache: measured best from 0.5 to 2 MB.
 BLOCK_BYTES = 1 << 20
+# A weight of up to this size is kept by a worker that needs it again and again.
+_KEPT_BYTES = 32 << 20
 T = TypeVar("T")
+
+# Bytes, and what takes them once they are on the host.
+Parcel: TypeAlias = tuple[Tensor, Callable[[Tensor], object]]
 
 _SLOTS = 2  # one block on its way while the next is read
 
@@ -67,6 +72,7 @@ class Buffers(Memory):
     """Of a worker that computes where it reads: on the CPU, in the memory that was read into."""
 
     block_bytes = BLOCK_BYTES
+    kept_bytes = _KEPT_BYTES
 
     def active(self) -> AbstractContextManager[object]:
         """Within it all arithmetic of this thread belongs to this worker."""
@@ -82,8 +88,12 @@ class Buffers(Memory):
 
     def widen(self, kind: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The same in the working type, in memory of its own."""
-        work, _ = self.matrix("work", stored.shape[0], stored.shape[1], dtype)
-        work.copy_(self.upload(kind, stored))
+        return self.working(self.upload(kind, stored), dtype)
+
+    def working(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a block in the working type, in memory of its own."""
+        work, _ = self.matrix("work", block.shape[0], block.shape[1], dtype)
+        work.copy_(block)
         return work
 
     def send(self, work: Tensor, dtype: torch.dtype, put: Callable[[Tensor], None]) -> Tensor:
@@ -93,8 +103,13 @@ class Buffers(Memory):
         """
         narrow, data = self.matrix("out", work.shape[0], work.shape[1], dtype)
         narrow.copy_(work)
-        put(data)
+        self.deliver([(data, put)])
         return narrow
+
+    def deliver(self, parcels: Sequence[Parcel]) -> None:
+        """Hand bytes to what takes them, as `send` does: those of a block, which go together."""
+        for data, put in parcels:
+            put(data)
 
     def finish(self) -> None:
         """Wait until everything that was sent has been put."""
@@ -152,21 +167,28 @@ class DeviceBuffers(Buffers):
     but the reuse of a host buffer whose copy has not ended.
     """
 
-    def __init__(self, transport: Transport, block_bytes: int) -> None:
+    def __init__(
+        self, transport: Transport, block_bytes: int, kept_bytes: int = _KEPT_BYTES
+    ) -> None:
         super().__init__(transport.device)
         self.block_bytes = block_bytes
-        self._transport = transport
+        self.kept_bytes = kept_bytes
+        self.transport = transport
         self._host = Memory(pinned=transport.pinned)
         self._turn: dict[str, int] = {}
         self._landed: dict[str, Callable[[], None]] = {}
-        self._sent: dict[str, tuple[Callable[[], None], Tensor, Callable[[Tensor], None]]] = {}
+        self._sent: dict[str, tuple[Callable[[], None], list[Parcel]]] = {}
 
     def active(self) -> AbstractContextManager[object]:
         """See `Buffers`."""
-        return self._transport.active()
+        return self.transport.active()
 
     def landing(self, kind: str, nbytes: int) -> Tensor:
-        """See `Buffers`; of the two for each kind, the one whose copy began longer ago."""
+        """See `Buffers`; of the two for each kind, the one whose copy began longer ago.
+
+        Kinds that differ after a dot only, share what they land in.
+        """
+        kind = kind.partition(".")[0]
         self._turn[kind] = (self._turn.get(kind, 0) + 1) % _SLOTS
         slot = f"{kind}{self._turn[kind]}"
         if slot in self._landed:
@@ -176,20 +198,23 @@ class DeviceBuffers(Buffers):
     def upload(self, kind: str, stored: Tensor) -> Tensor:
         """See `Buffers`."""
         block, _ = self.matrix(kind, stored.shape[0], stored.shape[1], stored.dtype)
-        self._transport.copy(block, stored)
-        self._landed[f"{kind}{self._turn.get(kind, 0)}"] = self._transport.mark()
+        self.transport.copy(block, stored)
+        way = kind.partition(".")[0]
+        self._landed[f"{way}{self._turn.get(way, 0)}"] = self.transport.mark()
         return block
 
-    def send(self, work: Tensor, dtype: torch.dtype, put: Callable[[Tensor], None]) -> Tensor:
+    def deliver(self, parcels: Sequence[Parcel]) -> None:
         """See `Buffers`."""
-        narrow, data = self.matrix("out", work.shape[0], work.shape[1], dtype)
-        narrow.copy_(work)
         slot = next((s for s in map(str, range(_SLOTS)) if s not in self._sent), None)
         slot = slot or self._put_oldest()
-        host = self._host.take(f"out{slot}", data.numel())[: data.numel()]
-        self._transport.copy(host, data)
-        self._sent[slot] = (self._transport.mark(), host, put)
-        return narrow
+        host = self._host.take(f"out{slot}", sum(data.numel() for data, _ in parcels))
+        arriving: list[Parcel] = []
+        end = 0
+        for data, put in parcels:
+            start, end = end, end + data.numel()
+            self.transport.copy(host[start:end], data)
+            arriving.append((host[start:end], put))
+        self._sent[slot] = (self.transport.mark(), arriving)
 
     def finish(self) -> None:
         """See `Buffers`."""
@@ -202,13 +227,15 @@ class DeviceBuffers(Buffers):
         self._landed.clear()
         self.clear()
         self._host.clear()
-        self._transport.release()
+        self.transport.release()
         self.block_bytes //= 2
+        self.kept_bytes //= 2
         return self.block_bytes >= BLOCK_BYTES
 
     def _put_oldest(self) -> str:
         slot = next(iter(self._sent))
-        wait, host, put = self._sent.pop(slot)
+        wait, parcels = self._sent.pop(slot)
         wait()
-        put(host)
+        for data, put in parcels:
+            put(data)
         return slot

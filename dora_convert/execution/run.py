@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -15,25 +16,39 @@ from dora_convert.core.reports import Survival
 from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.faults import raise_faults
 from dora_convert.execution.findings import Findings
-from dora_convert.execution.kernels import Input, Output, run_unit, sum_columns
+from dora_convert.execution.kernels import Input, Output, sum_columns
 from dora_convert.execution.lanes import Buffers, PerThread
 from dora_convert.execution.quantise import (
+    do_unit,
     gather_statistics,
     is_surveyed,
-    quantise_unit,
     survey_unit,
 )
-from dora_convert.execution.sealing import OpenShards, Sealer
+from dora_convert.execution.sealing import OpenShards, Sealer, ShardMaker
+from dora_convert.execution.surveys import Surveys
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.units import Unit, is_two_pass, units
 from dora_convert.maths.dora import column_factors
-from dora_convert.storage.journal import Journal, Sealed
+from dora_convert.storage.journal import Sealed
 from dora_convert.storage.oserrors import enough_memory
 from dora_convert.storage.pagecache import drop, is_larger_than_memory
 from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["RunResult", "run"]
+__all__ = ["Record", "RunResult", "run"]
+
+
+class Record(Protocol):
+    """What `run` asks of a journal: the shards that are there, by file, and a place for more."""
+
+    @property
+    def sealed(self) -> Mapping[str, Sealed]:
+        """Those that need not be written."""
+        ...
+
+    def add(self, entry: Sealed) -> None:
+        """A shard is on the disk."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +74,10 @@ class _Run:
     listener: Listener
     work: Sequence[Unit]
     findings: Findings
-    journal: Journal | None
+    journal: Record | None
     kept: Mapping[int, Sealed]
     lanes: Callable[[], Buffers]
+    shards: ShardMaker
     reader: Reader = field(default_factory=open_reader)
     sha256: dict[str, str] = field(default_factory=dict)
 
@@ -78,28 +94,30 @@ class _Run:
             drop([(writer.file, 0, writer.nbytes), *(ref.span for ref in read)])
 
 
-def run(
+def run(  # noqa: PLR0913 - the last is for who measures
     plan: Plan,
     folder: Path,
     *,
     workers: int,
     listener: Listener,
     keep_zero_rows: bool = False,
-    journal: Journal | None = None,
+    journal: Record | None = None,
     lanes: Callable[[], Buffers] = Buffers,
+    shards: ShardMaker = ShardWriter,
 ) -> RunResult:
     """Write every shard of the plan into `folder`, each fsynced as soon as it is complete.
 
     Shards that `journal` knows are left as they are, and it is told of the others. `lanes` makes
-    the buffers of each worker, and with them says on which device it computes. Raises
-    MismatchError, once all is seen, for rows whose result is undefined; `keep_zero_rows` leaves
-    rows of norm 0 at zero instead. OutputError where disk or memory do not suffice.
+    the buffers of each worker, and with them says on which device it computes; `shards` opens the
+    files. Raises MismatchError, once all is seen, for rows whose result is undefined;
+    `keep_zero_rows` leaves rows of norm 0 at zero instead. OutputError where disk or memory do not
+    suffice.
     """
     begun = time.perf_counter()
     work = list(units(plan))
     known = {} if journal is None else journal.sealed
     kept = {i: known[shard.file] for i, shard in enumerate(plan.shards) if shard.file in known}
-    this = _Run(plan, folder, workers, listener, work, Findings(work), journal, kept, lanes)
+    this = _Run(plan, folder, workers, listener, work, Findings(work), journal, kept, lanes, shards)
     _begin(this)
     with enough_memory():
         two_pass, surveyed = _first_passes(this)
@@ -176,11 +194,11 @@ def _measure(this: _Run, work: Sequence[Unit]) -> dict[str, Tensor]:
 def _survey(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """First pass of schemes that need a number of the whole tensor: that number, by name."""
     surveys: dict[int, list[Tensor]] = {}
-    buffers = PerThread(Buffers)
+    buffers = PerThread(this.lanes)
 
     def survey(item: tuple[int, Unit]) -> None:
-        given = Input(this.reader, buffers.own, factors)
-        surveys[item[0]] = survey_unit(item[1], given)
+        i, unit = item
+        surveys[i] = buffers.use(lambda own: survey_unit(unit, Input(this.reader, own, factors)))
 
     in_threads(list(enumerate(work)), survey, this.workers)
     return gather_statistics(work, surveys)
@@ -189,24 +207,23 @@ def _survey(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> 
 def _write(this: _Run, factors: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> float:
     """All units; returns the time at which the last byte was handed to the system."""
     work = _left(this)
-    shards = OpenShards(this.plan, [unit for _, unit in work], this.folder)
+    shards = OpenShards(this.plan, [unit for _, unit in work], this.folder, this.shards)
     sealer = Sealer(this.sealed)
-    buffers, quantising = PerThread(this.lanes), PerThread(Buffers)
+    surveys = Surveys(unit for _, unit in work)
+    buffers = PerThread(this.lanes)
 
     def write(item: tuple[int, Unit]) -> None:
         index, unit = item
         name = unit.job.output.name
-        with enough_memory(name):
-            writer = shards.writer(unit.shard)
-            if isinstance(unit.job.op, Quantise):
-                output = Output(this.reader, quantising.own, factors, writer)
-                found, sums = quantise_unit(unit, output, statistics)
-                this.findings.add_sums(index, sums)
-            else:
-                found = buffers.use(
-                    lambda own: run_unit(unit, Output(this.reader, own, factors, writer))
+        with enough_memory(name), shards.writer(unit.shard).part() as part:
+            found, sums = buffers.use(
+                lambda own: do_unit(
+                    unit, Output(this.reader, own, factors, part), statistics, surveys
                 )
+            )
         this.findings.add_faults(name, found)
+        if sums:
+            this.findings.add_sums(index, sums)
         this.listener.advanced(unit.nbytes)
         complete = shards.done(unit.shard)
         if complete is not None:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from dora_convert.core.plan import Plan
+from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.units import Unit
 from dora_convert.storage.room import require_room
 from dora_convert.storage.shards import ShardWriter
 
-__all__ = ["OpenShards", "Sealer"]
+__all__ = ["OpenShards", "Sealer", "ShardMaker"]
+
+ShardMaker: TypeAlias = Callable[[Path, Sequence[TensorSpec]], ShardWriter]
 
 
 class OpenShards:
-    """Files that are open, and how many units each still waits for."""
+    """Files that are open, and how many units each still waits for; `make` opens one."""
 
-    def __init__(self, plan: Plan, work: Iterable[Unit], folder: Path) -> None:
+    def __init__(
+        self, plan: Plan, work: Iterable[Unit], folder: Path, make: ShardMaker = ShardWriter
+    ) -> None:
         self._plan = plan
         self._folder = folder
+        self._make = make
         self._waiting = Counter(unit.shard for unit in work)
         self._open: dict[int, ShardWriter] = {}
         self._lock = threading.Lock()
@@ -31,7 +38,7 @@ class OpenShards:
         with self._lock:
             if index not in self._open:
                 shard = self._plan.shards[index]
-                self._open[index] = ShardWriter(self._folder / shard.file, shard.specs)
+                self._open[index] = self._make(self._folder / shard.file, shard.specs)
             return self._open[index]
 
     def done(self, index: int) -> ShardWriter | None:
@@ -44,7 +51,7 @@ class OpenShards:
         """Files without any byte of data, which no unit opens, but for those to `skip`."""
         for index, shard in enumerate(self._plan.shards):
             if index not in self._waiting and index not in skip:
-                yield index, ShardWriter(self._folder / shard.file, shard.specs)
+                yield index, self._make(self._folder / shard.file, shard.specs)
 
     def close(self) -> None:
         """Close what is still open."""

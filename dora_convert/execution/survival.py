@@ -4,39 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dora_convert import quant
 from dora_convert.core.plan import Quantise
 from dora_convert.core.reports import Survival, SurvivalFigures
+from dora_convert.execution.lanes import BLOCK_BYTES
+from dora_convert.execution.units import Unit
 from dora_convert.maths.compare import relative
-from dora_convert.maths.survival import SurvivalSums, changed_codes, survival_sums
+from dora_convert.maths.survival import BlockSums, SurvivalSums, changed_codes, survival_sums
 
 __all__ = ["Meter", "survival"]
 
-
-# One block in so many is measured: it takes as long as to write three. Of a module of 4M weights
-# half a million are seen, and what is kept is known to a thousandth of the noise.
+# Rows of a stripe and how many stripes there are for each that is measured: to measure one takes as
+# long as to write three. Of a module of 4M weights half a million are seen, and what is kept is
+# known to a thousandth of the noise.
+_STRIPE_BYTES = BLOCK_BYTES
 _EVERY = 8
+# Elements whose sums are computed at once: a stripe of 16-bit floats. Tall tiles may have more.
+_AT_ONCE = _STRIPE_BYTES // 2
 
 
 class Meter:
-    """Sums over blocks of one unit, by the path of the module that each row belongs to."""
+    """Sums over one unit, by the path of the module that each row belongs to.
 
-    def __init__(
-        self, op: Quantise, constants: Mapping[str, Tensor], statistic: Tensor | None
-    ) -> None:
-        self.sums: dict[str, SurvivalSums] = {}
-        self._op = op
-        self._scheme = quant.writable(op.scheme)
-        self._constants = constants
+    Which rows are measured, the plan alone says: the figures do not depend on the size of blocks.
+    """
+
+    def __init__(self, unit: Unit, statistic: Tensor | None, device: torch.device) -> None:
+        assert isinstance(unit.job.op, Quantise)
+        self._op = unit.job.op
+        self._first = unit.start
+        self._scheme = scheme = quant.writable(self._op.scheme)
         self._statistic = statistic
+        # Where they are known only once all is written, rows are decoded as a weight of their own.
+        self._constants: Mapping[str, Tensor] | None = None
+        if scheme.surveyed is None:
+            constants = scheme.constants(self._op.weight, statistic)
+            self._constants = quant.placed(scheme, constants, device)
+        self._sums: list[tuple[str, BlockSums]] = []
+        multiple = self._scheme.row_multiple(self._op.weight)
+        rows = _STRIPE_BYTES // max(self._op.base.spec.row_bytes, 1)
+        self._stripe = max(1, rows // multiple) * multiple
 
-    def wants(self, index: int, start: int, stop: int) -> bool:
-        """Whether to measure the unit's block of this index, rows `start:stop`."""
-        pieces = [p for p in self._op.pieces if p.start < stop and start < p.stop]
-        # Never without a part of each module.
-        return bool(pieces) and (index % _EVERY == 0 or any(p.start >= start for p in pieces))
+    def sums(self) -> dict[str, SurvivalSums]:
+        """What was measured, by path; waits for the device."""
+        found: dict[str, SurvivalSums] = {}
+        for path, sums in self._sums:
+            found.setdefault(path, SurvivalSums()).add(sums.settled())
+        return found
+
+    def spans(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Which of the rows `start:stop` of a block to measure."""
+        found: list[tuple[int, int]] = []
+        for index in range((start - self._first) // self._stripe, self._index_after(stop)):
+            a = self._first + index * self._stripe
+            b = a + self._stripe
+            if self._wants(index, a, b):
+                a, b = max(a, start), min(b, stop)
+                if found and found[-1][1] == a:
+                    a = found.pop()[0]
+                found.append((a, b))
+        return found
 
     def add(
         self,
@@ -46,18 +76,22 @@ class Meter:
         parts: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> None:
-        """A block of W and of W', and what it was stored as; `own` are scales that W had."""
+        """Rows of W and of W', and what they were stored as; `own` are scales that W had."""
         weight, scheme = self._op.weight, self._scheme
         stop, shape = start + len(merged), (len(merged), weight.columns)
-        stored = quant.decoded_block(scheme, weight, start, stop, parts, self._constants)
+        if self._constants is None:
+            _, stored = quant.rounded_alone(scheme, weight, merged.float())
+        else:
+            stored = quant.decoded_block(scheme, weight, start, stop, parts, self._constants)
         # As the merged rows are: with one rounding, and under the same scale of the whole tensor.
         plain_parts, plain = quant.rounded_alone(scheme, weight, base.float(), self._statistic, own)
         role = next(iter(weight.parts))  # the codes come first
         changed = changed_codes(parts[role], plain_parts[role], shape)
+        few = max(1, _AT_ONCE // weight.columns)
         for piece in self._op.pieces:
             a, b = max(start, piece.start), min(stop, piece.stop)
-            if a < b:
-                rows = slice(a - start, b - start)
+            for first in range(a, b, few):
+                rows = slice(first - start, min(first + few, b) - start)
                 sums = survival_sums(
                     base[rows],
                     merged[rows],
@@ -65,7 +99,15 @@ class Meter:
                     plain[rows].to(base),
                     changed[rows],
                 )
-                self.sums.setdefault(piece.module.path, SurvivalSums()).add(sums)
+                self._sums.append((piece.module.path, sums))
+
+    def _index_after(self, stop: int) -> int:
+        return -(-(stop - self._first) // self._stripe)
+
+    def _wants(self, index: int, start: int, stop: int) -> bool:
+        pieces = [p for p in self._op.pieces if p.start < stop and start < p.stop]
+        # Never without a part of each module.
+        return bool(pieces) and (index % _EVERY == 0 or any(p.start >= start for p in pieces))
 
 
 def survival(scheme: str, parts: Sequence[Mapping[str, SurvivalSums]]) -> Survival | None:

@@ -36,7 +36,10 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
             except BaseException as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=loop, daemon=True) for _ in range(min(workers, len(work)))]
+    threads = [
+        threading.Thread(target=loop, name=f"worker {i}", daemon=True)
+        for i in range(1, min(workers, len(work)) + 1)
+    ]
     with _single_threaded_torch():
         try:
             require_room(len(threads))

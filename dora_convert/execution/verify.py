@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from dora_convert.core.plan import (
 )
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Slice, TensorRef, TensorSpec
+from dora_convert.execution.tally import Tally, compare
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.witness import (
     requantised,
@@ -47,26 +47,8 @@ from dora_convert.storage.opening import opened, pread_exactly
 __all__ = ["verify"]
 
 _BLOCK = 1 << 20  # elements of one block, whatever the tensor
-
-
-@dataclass(slots=True)
-class _Tally:
-    modules: set[str] = field(default_factory=set)
-    rows: int = 0
-    compared: int = 0
-    elements: int = 0
-    off: int = 0
-    noise: float = 0.0
-    effect: float = 0.0
-    kept: float = 0.0
-    differences: list[str] = field(default_factory=list)
-
-    def add(self, other: _Tally) -> None:
-        """Take over what another job found."""
-        self.modules |= other.modules
-        self.differences += other.differences
-        for name in ("rows", "compared", "elements", "off", "noise", "effect", "kept"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+_HEIGHT = 16  # rows of one block of a quantised tensor, where its tiles are no taller
+_FEW = 1 << 17  # and elements of what is computed of it in float64 at once
 
 
 def verify(
@@ -84,10 +66,10 @@ def verify(
     """
     merges = [job for job in plan.jobs if isinstance(job.op, Merge | Quantise)]
     chosen = {job.output.name for job in _some(merges, samples)}
-    tallies: dict[str, _Tally] = {}
+    tallies: dict[str, Tally] = {}
 
     def check(job: Job) -> None:
-        own = tallies[job.output.name] = _Tally()
+        own = tallies[job.output.name] = Tally()
         missing = [spec.name for spec in job.stored if spec.name not in files]
         own.differences += [f"{name}: missing" for name in missing]
         if missing or not all(_has_layout(spec, files[spec.name], own) for spec in job.stored):
@@ -106,7 +88,7 @@ def verify(
                 _compare_plain(job, file, samples, own)
 
     in_threads(plan.jobs, _telling(check, tallies), workers)
-    tally = _Tally()
+    tally = Tally()
     for job in plan.jobs:
         tally.add(tallies[job.output.name])
     rounding = None
@@ -126,7 +108,7 @@ def verify(
     )
 
 
-def _telling(check: Callable[[Job], None], tallies: Mapping[str, _Tally]) -> Callable[[Job], None]:
+def _telling(check: Callable[[Job], None], tallies: Mapping[str, Tally]) -> Callable[[Job], None]:
     """What safetensors says of a file that it cannot read is a difference as well."""
 
     def telling(job: Job) -> None:
@@ -138,7 +120,7 @@ def _telling(check: Callable[[Job], None], tallies: Mapping[str, _Tally]) -> Cal
     return telling
 
 
-def _has_layout(spec: TensorSpec, file: Path, tally: _Tally) -> bool:
+def _has_layout(spec: TensorSpec, file: Path, tally: Tally) -> bool:
     """Whether the stored tensor has the type and the shape that were planned."""
     with safe_open(file, framework="pt") as handle:
         stored = handle.get_slice(spec.name)
@@ -167,7 +149,7 @@ def _spans(rows: int, columns: int, samples: int | None) -> list[list[int]]:
     return [list(range(i, min(i + step, rows))) for i in range(0, rows, step)]
 
 
-def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> None:
+def _compare_plain(job: Job, file: Path, samples: int | None, tally: Tally) -> None:
     """Copies, casts and patched rows are exact, bit for bit."""
     name, shape = job.output.name, job.output.shape
     if 0 in shape:
@@ -193,7 +175,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: _Tally) -> 
             )
 
 
-def _compare_packed(job: Job, file: Path, tally: _Tally) -> None:
+def _compare_packed(job: Job, file: Path, tally: Tally) -> None:
     """Elements of 4 or 6 bits, which torch does not read: copied, byte for byte."""
     assert isinstance(job.op, Copy)
     spec, copied = job.output, read_header(file)[job.output.name].source
@@ -240,7 +222,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _compare_merge(
-    job: Job, op: Merge, file: Path, samples: int | None, tolerance: float, tally: _Tally
+    job: Job, op: Merge, file: Path, samples: int | None, tolerance: float, tally: Tally
 ) -> None:
     name, (count, columns) = job.output.name, op.base.spec.shape
     norms = _norms_of_columns(op)
@@ -248,7 +230,7 @@ def _compare_merge(
     for rows in _spans(count, columns, samples):
         base, exact = _expected_merge(op, rows, norms)
         got = rows_of(file, name, rows)
-        wrong += _compare(got, exact, base, tolerance, tally)
+        wrong += compare(got, exact, base, tolerance, tally)
         tally.rows += len(rows)
     tally.modules |= {piece.module.path for piece in op.pieces}
     if wrong:
@@ -279,24 +261,33 @@ def _expected_merge(
 
 
 def _compare_quantised(
-    op: Quantise, files: Mapping[str, Path], samples: int | None, tally: _Tally
+    op: Quantise, files: Mapping[str, Path], samples: int | None, tally: Tally
 ) -> None:
     """What the file decodes to is as near to W' as the scheme brings those rows on their own."""
     scheme, weight = quant.writable(op.scheme), op.weight
     norms = _norms_of_columns(op)
-    height = max(scheme.row_multiple(weight), 16)
+    few = min(_HEIGHT, max(1, _FEW // weight.columns))
+    height = max(scheme.row_multiple(weight), few)
     starts = range(0, weight.rows, height)
-    if samples is not None and len(starts) > samples:
-        starts = starts[:: -(-len(starts) // samples)]
+    if samples is not None:
+        # As many rows for a scheme of tall tiles as for any other.
+        blocks = -(-samples * few // height)
+        starts = starts[:: -(-len(starts) // blocks)]
     far = 0
     for start in starts:
         rows = range(start, min(start + height, weight.rows))
-        _, exact = _expected_merge(op, rows, norms)
-        got = stored_rows(op.scheme, weight, files, rows)
-        alone = requantised(scheme, weight, exact.float())
+        # In float64 a few at a time: of a tall block that takes much memory.
+        exact = torch.cat(
+            [
+                _expected_merge(op, rows[i : i + few], norms)[1].float()
+                for i in range(0, len(rows), few)
+            ]
+        )
         # Statistics of the whole tensor are not those of some rows: hence twice.
-        limit = 2 * float((alone - exact).norm()) + 1e-6 * float(exact.norm())
-        far += float((got - exact).norm()) > limit
+        alone = float(requantised(scheme, weight, exact).sub_(exact).norm())
+        limit = 2 * alone + 1e-6 * float(exact.norm())
+        got = stored_rows(op.scheme, weight, files, rows)
+        far += float(got.sub_(exact).norm()) > limit
         tally.rows += len(rows)
     tally.modules |= {piece.module.path for piece in op.pieces}
     if far:
@@ -338,7 +329,7 @@ def _needs_columns(piece: Piece) -> bool:
     )
 
 
-def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: _Tally) -> None:
+def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: Tally) -> None:
     """All of a scaled bias: it is short, though its norms take a pass over the weight."""
     name = job.output.name
     exact = whole(op.source)
@@ -355,7 +346,7 @@ def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: 
         exact[span] *= magnitude
     got = rows_of(file, name, range(len(exact))).view(1, -1)
     exact = exact.view(1, -1)
-    if _compare(got, exact, exact, tolerance, _Tally()):
+    if compare(got, exact, exact, tolerance, Tally()):
         tally.differences.append(f"{name}: the bias is not the recomputed one")
     tally.compared += got.numel() * got.dtype.itemsize
 
@@ -375,19 +366,3 @@ def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
         direction = _direction(source_rows(base, rows).double(), module, rows)
         total += direction.square().sum(dim=0)
     return total.sqrt()
-
-
-def _compare(got: Tensor, exact: Tensor, base: Tensor, tolerance: float, tally: _Tally) -> int:
-    """Number of elements off by more than `tolerance` units in the last place."""
-    rounded = exact.to(got.dtype)
-    info = torch.finfo(got.dtype)
-    # Float32 sums of a row are good to a few times 1e-7 of its largest element, no further.
-    slack = exact.abs().amax(dim=1, keepdim=True) * 2e-7 if info.bits == 16 else 1e-14
-    limit = tolerance * info.eps * exact.abs() + info.tiny + slack
-    value = got.double()
-    tally.elements += got.numel()
-    tally.off += int((got != rounded).sum())
-    tally.noise += float((value - exact).square().sum())
-    tally.effect += float((exact - base).square().sum())
-    tally.kept += float(((value - base) * (exact - base)).sum())
-    return int((~((value - exact).abs() <= limit)).sum())

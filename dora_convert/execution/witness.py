@@ -156,14 +156,14 @@ def _gguf_bytes(file: Path, size: int, mtime: int) -> dict[str, np.ndarray]:
 def stored_rows(
     scheme: str, weight: QuantizedWeight, files: Mapping[str, Path], rows: range
 ) -> Tensor:
-    """Rows of a quantised weight as a finished file has them, decoded to float64."""
+    """Rows of a quantised weight as a finished file has them, decoded to float32."""
     parts = {
         role: TensorRef(spec, Slice(files[spec.name], 0), spec)
         for role, spec in weight.parts.items()
     }
-    return _decoded(Encoded(scheme, weight, parts), rows.start, rows.stop).double()
+    return _decoded(Encoded(scheme, weight, parts), rows.start, rows.stop)
 
 
 def requantised(scheme: Quantizer, weight: QuantizedWeight, rows: Tensor) -> Tensor:
     """What some rows become when they are stored in the scheme as a weight of their own."""
-    return quant.rounded_alone(scheme, weight, rows)[1].double()
+    return quant.rounded_alone(scheme, weight, rows)[1]

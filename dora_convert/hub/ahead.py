@@ -9,6 +9,7 @@ from pathlib import Path
 from dora_convert.hub.client import without_bars
 from dora_convert.hub.push import Destination, begin, look_at
 from dora_convert.hub.upload import Upload
+from dora_convert.storage.room import require_room
 
 __all__ = ["Ahead"]
 
@@ -16,8 +17,8 @@ __all__ = ["Ahead"]
 class Ahead:
     """Sends files one by one, in a thread of its own; nobody sees them before a commit is made.
 
-    What goes wrong here ends it and is not told: the push at the end sends what is missing then,
-    or says why that cannot be.
+    What goes wrong here ends it and is not told, nor that there is no memory for a thread yet: the
+    push at the end sends what is missing then, or says why that cannot be.
     """
 
     def __init__(self, repo: str, to: Destination) -> None:
@@ -32,9 +33,7 @@ class Ahead:
         """A file is complete; `origin`, as `org/name@commit`, is where its contents may be from."""
         self._queue.put((file, origin))
         if self._thread is None:
-            # The end of the program does not wait for it: what is lost is sent once more.
-            self._thread = threading.Thread(target=self._send, name="ahead", daemon=True)
-            self._thread.start()
+            self._thread = self._started()
 
     def abandon(self) -> None:
         """Send no more."""
@@ -47,6 +46,16 @@ class Ahead:
         if self._thread is not None:
             self._thread.join()
         return self._upload
+
+    def _started(self) -> threading.Thread | None:
+        # The end of the program does not wait for it: what is lost is sent once more.
+        thread = threading.Thread(target=self._send, name="ahead", daemon=True)
+        try:
+            require_room(1)
+            thread.start()
+        except (MemoryError, RuntimeError):
+            return None
+        return thread
 
     def _send(self) -> None:
         while (item := self._queue.get()) is not None and not self._is_over:

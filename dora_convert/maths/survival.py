@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["SurvivalSums", "changed_codes", "survival_sums"]
+__all__ = ["BlockSums", "SurvivalSums", "changed_codes", "survival_sums"]
 
 
 @dataclass(slots=True)
@@ -32,21 +32,44 @@ class SurvivalSums:
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
+@dataclass(frozen=True, slots=True)
+class BlockSums:
+    """The sums of one block, still where they were computed: nothing is waited for."""
+
+    elements: int
+    changed: Tensor
+    products: Tensor  # [6]: W W, W' W', T T, E T, E E, P P
+
+    def settled(self) -> SurvivalSums:
+        """The same as plain numbers."""
+        base, merged, effect, lost, noise, plain = self.products.cpu().tolist()
+        return SurvivalSums(
+            elements=self.elements,
+            changed=int(self.changed),
+            base=base,
+            merged=merged,
+            effect=effect,
+            kept=effect + lost,
+            noise=noise,
+            plain=plain,
+        )
+
+
 def survival_sums(
     base: Tensor, merged: Tensor, stored: Tensor, plain: Tensor, changed: Tensor
-) -> SurvivalSums:
+) -> BlockSums:
     """One block `[n, in]` of W, W', Q(W') and Q(W), and the elements whose code is another one."""
-    effect, error = merged - base, stored - merged
-    return SurvivalSums(
-        elements=base.numel(),
-        changed=int(torch.count_nonzero(changed)),
-        base=_dot(base, base),
-        merged=_dot(merged, merged),
-        effect=_dot(effect, effect),
-        kept=_dot(effect, effect) + _dot(error, effect),
-        noise=_dot(error, error),
-        plain=_square(plain - base),
+    effect, error, plain_error = merged - base, stored - merged, plain - base
+    pairs = (
+        (base, base),
+        (merged, merged),
+        (effect, effect),
+        (error, effect),
+        (error, error),
+        (plain_error, plain_error),
     )
+    products = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs])
+    return BlockSums(base.numel(), torch.count_nonzero(changed), products)
 
 
 def changed_codes(one: Tensor, other: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -60,11 +83,3 @@ def changed_codes(one: Tensor, other: Tensor, shape: tuple[int, int]) -> Tensor:
     if differ.numel() < count:
         differ = torch.stack((differ & 15, differ >> 4), dim=1).view(-1)
     return differ[:count].view(shape) != 0
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
-
-
-def _square(a: Tensor) -> float:
-    return _dot(a, a)

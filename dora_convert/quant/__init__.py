@@ -6,7 +6,7 @@ from dora_convert.core.bundle import Json
 from dora_convert.core.protocols import Dequantizer, Quantizer
 from dora_convert.core.tensors import Encoded
 from dora_convert.errors import InputError
-from dora_convert.quant._rounding import DENSE, WHOLE, decoded_block, rounded_alone
+from dora_convert.quant._rounding import DENSE, WHOLE, decoded_block, placed, rounded_alone
 from dora_convert.registry import Registry
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "decoded_block",
     "decoder",
     "detect",
+    "placed",
     "quantizers",
     "rounded_alone",
     "writable",

@@ -22,6 +22,8 @@ from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.quant._grids import TORCH
 from dora_convert.quant._linear import check_matrix
+from dora_convert.quant._nearest import Nearest
+from dora_convert.quant._pairs import pack_pairs
 from dora_convert.quant._scheme import SinglePass, reject, stated
 
 __all__ = ["FourBit", "document"]
@@ -33,16 +35,43 @@ _LARGEST_BLOCK = 4096  # of those that the library knows
 _TYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _OFFSET_WIDTH = 24  # the longest text of a float
+_SMALLEST = 1e-38
+_POSITIVE_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # twelfths
+_VALUES = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "fp4": tuple(value / 12 for value in (*_POSITIVE_FP4, *(0.0 - v for v in _POSITIVE_FP4))),
+}
 
 
 class FourBit(SinglePass):
     """`kind` is nf4 or fp4; a read weight may be nested or not, whatever is written."""
 
+    on_host: tuple[str, ...] = ("state",)
+
     def __init__(self, title: str, kind: str, *, nested: bool) -> None:
         self.title = title
         self.surveys = nested
+        self.surveyed = "absmax" if nested else None
         self._kind = kind
         self._nested = nested
+        self._nearest = Nearest(_VALUES[kind])
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""
@@ -163,42 +192,46 @@ class FourBit(SinglePass):
 
     def survey(self, rows: Tensor) -> Tensor:
         """The peak of every block of 64."""
-        flat = rows.reshape(-1).float()
-        peaks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
-        found = peaks.abs().amax(dim=1)
-        if len(flat) % _BLOCK:
-            found[-1].clamp_(min=1e-38)  # as bitsandbytes does, for a cut block alone
+        found = _blocks(rows).abs().amax(dim=1)
+        if rows.numel() % _BLOCK:
+            found[-1].clamp_(min=_SMALLEST)  # as bitsandbytes does, for a cut block alone
         return found
 
     def gather(self, surveys: Sequence[Tensor]) -> Tensor:
         """All peaks, a 64th of the weight."""
-        return torch.cat(list(surveys))
+        return surveys[0] if len(surveys) == 1 else torch.cat(list(surveys))
 
     def quantize(
         self, weight: QuantizedWeight, rows: Tensor, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """See `Quantizer.quantize`."""
-        codes, state = _library().quantize_4bit(
-            rows.contiguous(), blocksize=_BLOCK, quant_type=self._kind
-        )
-        parts = {"weight": codes.view(-1, 1)}
-        return parts if self._nested else parts | {"absmax": state.absmax}
+        blocks, peaks = _blocks(rows), self.survey(rows)
+        # As bitsandbytes does: times the reciprocal, but for a cut block.
+        scaled = blocks * (1.0 / peaks.clamp(min=_SMALLEST)).unsqueeze(1)
+        if rows.numel() % _BLOCK:
+            scaled[-1] = blocks[-1] / peaks[-1]
+        codes = self._nearest.indices(scaled.clamp_(-1, 1))
+        packed = pack_pairs(codes, high_first=True)[: -(-rows.numel() // 2)]
+        parts = {"weight": packed.view(-1, 1)}
+        return parts if self._nested else parts | {"absmax": peaks}
 
     def constants(
         self, weight: QuantizedWeight, statistic: Tensor | None = None
     ) -> Mapping[str, Tensor]:
         """The table of values, the JSON text, and with double quantisation all about the peaks."""
-        library = _library()
-        parts: dict[str, Tensor] = {"quant_map": library.get_4bit_type(self._kind, device="cpu")}
+        parts = {"quant_map": torch.tensor(_VALUES[self._kind])}
         offset = None
         if self._nested:
             assert statistic is not None
             mean = statistic.mean()
-            codes, nested = library.quantize_blockwise(statistic - mean, blocksize=_NESTED_BLOCK)
+            made = [
+                _library().quantize_blockwise(part - mean, blocksize=_NESTED_BLOCK)
+                for part in torch.split(statistic, _NESTED_BLOCK * _NESTED_BLOCK)
+            ]
             parts |= {
-                "absmax": codes,
-                "nested_absmax": nested.absmax,
-                "nested_quant_map": nested.code,
+                "absmax": torch.cat([codes for codes, _ in made]),
+                "nested_absmax": torch.cat([nested.absmax for _, nested in made]),
+                "nested_quant_map": made[0][1].code,
             }
             offset = float(mean)
         text = self._text(weight.dense, offset)
@@ -245,13 +278,21 @@ def document(kept_dense: Sequence[str], *, load_in_4bit: bool, **words: object) 
     return {"quantization_config": defaults | words}
 
 
+def _blocks(rows: Tensor) -> Tensor:
+    """Rows as float32 `[blocks, 64]`, the last filled up with zeros."""
+    flat = rows.reshape(-1).float()
+    missing = -len(flat) % _BLOCK
+    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, _BLOCK)
+
+
 def _peaks(parts: Mapping[str, Tensor], first: int) -> Tensor:
     """The peaks of the window, which begins at block `first` of the weight."""
     peaks = parts["absmax"]
     if "nested_absmax" not in parts:
         return peaks
     offset: float = json.loads(bytes(parts["state"].tolist()))["nested_offset"]
-    index = torch.arange(first, first + len(peaks)) // _NESTED_BLOCK - first // _NESTED_BLOCK
+    blocks = torch.arange(first, first + len(peaks), device=peaks.device)
+    index = blocks // _NESTED_BLOCK - first // _NESTED_BLOCK
     return parts["nested_quant_map"][peaks.long()] * parts["nested_absmax"][index] + offset
 
 
@@ -295,5 +336,5 @@ def _state(text: bytes) -> dict[str, Any] | None:
 def _library() -> Any:
     # The whole package first: another thread may be half-way through it, with `functional` there
     # already and the operators for this processor not yet.
-    required("bitsandbytes", "bnb", "writing nf4 and fp4")
-    return required("bitsandbytes.functional", "bnb", "writing nf4 and fp4")
+    required("bitsandbytes", "bnb", "double quantisation")
+    return required("bitsandbytes.functional", "bnb", "double quantisation")

@@ -47,4 +47,6 @@ def tile_peaks(rows: Tensor, height: int, width: int) -> Tensor:
     if down or right:
         rows = torch.nn.functional.pad(rows, (0, right, 0, down))
     n, columns = rows.shape
-    return rows.view(n // height, height, columns // width, width).abs().amax(dim=(1, 3))
+    tiles = rows.view(n // height, height, columns // width, width)
+    # Not of the absolute values, which would be a copy.
+    return torch.maximum(tiles.amax(dim=(1, 3)), -tiles.amin(dim=(1, 3)))

@@ -30,7 +30,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes `[n, in]` from 0 to 2^bits - 1 as int32 `[n, ceil(in * bits / 32)]`; bits 2, 4 or 8."""
     each = 32 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each)).to(torch.int32)
-    words = torch.zeros(codes.shape[0], padded.shape[1] // each, dtype=torch.int32)
+    words = padded.new_zeros(codes.shape[0], padded.shape[1] // each)
     for i in range(each):
         words |= padded[:, i::each] << (i * bits)
     return words

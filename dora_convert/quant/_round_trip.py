@@ -24,6 +24,8 @@ class RoundTrip:
     `DENSE` are the rows asked for; `WHOLE` is all of it, needed once by a scheme with a statistic.
     """
 
+    on_host: tuple[str, ...] = (WHOLE,)  # surveyed once, whatever the device
+
     def __init__(self, scheme: Quantizer) -> None:
         self.title = scheme.title
         self._scheme = scheme

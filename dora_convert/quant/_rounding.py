@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from dora_convert.core.protocols import Folding, Quantizer
+from dora_convert.core.protocols import Dequantizer, Folding, Quantizer
 from dora_convert.core.quantized import QuantizedWeight
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["DENSE", "WHOLE", "decoded_block", "rounded", "rounded_alone"]
+__all__ = ["DENSE", "WHOLE", "decoded_block", "placed", "rounded", "rounded_alone"]
 
 # The roles of a matrix that is rounded as it is read: the rows asked for, and all of it.
 DENSE: Final = "dense"
@@ -28,16 +29,27 @@ def decoded_block(
     constants: Mapping[str, Tensor],
 ) -> Tensor:
     """Rows `start:stop`, float32, from what `quantize` made of them and the whole `constants`."""
-    found = {}
+    needed = {}
     for role, window in scheme.windows(weight, start, stop).items():
-        if role in parts:
-            found[role] = parts[role]
-        elif window is None:
-            found[role] = constants[role]
-        else:
-            length = window.stop - window.start
-            found[role] = constants[role].narrow(window.axis, window.start, length)
-    return scheme.dequantize(weight, found, start, stop)
+        if role not in parts:
+            whole = constants[role]
+            needed[role] = (
+                whole
+                if window is None
+                else whole.narrow(window.axis, window.start, window.stop - window.start)
+            )
+    device = next(iter(parts.values())).device
+    return scheme.dequantize(weight, {**parts, **placed(scheme, needed, device)}, start, stop)
+
+
+def placed(
+    scheme: Dequantizer, constants: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """Constants where the scheme wants them beside rows on that device."""
+    return {
+        role: part if role in scheme.on_host else part.to(device)
+        for role, part in constants.items()
+    }
 
 
 def rounded(
@@ -74,5 +86,6 @@ def rounded_alone(
         parts = scheme.quantize_under(weight, rows, scales)
     else:
         parts = scheme.quantize(weight, rows, statistic if scheme.two_pass else None)
-    constants = scheme.constants(weight, statistic)
+    # On the host, where the library that makes some of them is at home.
+    constants = scheme.constants(weight, None if statistic is None else statistic.cpu())
     return parts, decoded_block(scheme, weight, 0, len(rows), parts, constants)

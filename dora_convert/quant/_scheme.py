@@ -21,7 +21,9 @@ _TYPES = {"bfloat16": DType.BF16, "float16": DType.F16, "float32": DType.F32}
 class SinglePass:
     """The answers of a scheme without statistics, as far as they are the same for all."""
 
+    on_host: tuple[str, ...] = ()
     surveys = False
+    surveyed: str | None = None
     two_pass = False
     returns: DType | None = None
 

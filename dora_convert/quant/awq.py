@@ -22,13 +22,13 @@ from dora_convert.quant._scheme import reject, shown, stated
 __all__ = ["QUANTIZER", "GemmAWQ"]
 
 _BITS, _EACH = 4, 8
-_PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # where in the word column k lies
 
 
 class GemmAWQ:
     """The gemm layout; gemv and others are refused."""
 
     title = "AWQ (gemm)"
+    on_host: tuple[str, ...] = ()
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""
@@ -87,9 +87,9 @@ class GemmAWQ:
 
 
 def _columns(words: Tensor) -> Tensor:
-    """Codes `[k, words * 8]` in the order of the columns."""
+    """Codes `[k, words * 8]` in the order of the columns, which lie at 0, 4, 1, 5, 2, 6, 3, 7."""
     codes = unpack_words(words.contiguous(), _BITS)
-    return codes.view(len(words), -1, _EACH)[:, :, _PLACE].reshape(len(words), -1)
+    return codes.view(len(words), -1, 2, _EACH // 2).transpose(2, 3).reshape(len(words), -1)
 
 
 def _fit(codes: TensorSpec, zeros: TensorSpec, scales: TensorSpec) -> bool:

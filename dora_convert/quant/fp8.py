@@ -25,6 +25,7 @@ from dora_convert.quant._scheme import SinglePass, dense_type, reject, shown, st
 __all__ = ["QUANTIZER", "BlockFP8"]
 
 _TILE = 128
+_PANEL = 16  # tiles
 _LARGEST = 448.0  # of e4m3
 _SCALES = (DType.F32, DType.BF16, DType.F16, DType.F8_E8M0, DType.U8)
 
@@ -86,8 +87,11 @@ class BlockFP8(SinglePass):
             grid = powers_of_two(grid)
         height, width = weight.settings["height"], weight.settings["width"]
         if not weight.shape:
-            scale = expand(grid.float(), start, stop, height, width, weight.columns)
-            return codes.float().mul_(scale)
+            values, step = codes.float(), _PANEL * width
+            for first in range(0, weight.columns, step):
+                panel, part = values[:, first : first + step], grid[:, first // width :].float()
+                panel.mul_(expand(part, start, stop, height, width, panel.shape[1]))
+            return values
         _, out, inner = weight.shape
         spread = [expand(each.float(), 0, out, height, width, inner) for each in grid]
         return codes.float().mul_(torch.stack(spread)).view(stop - start, -1)
@@ -151,8 +155,14 @@ def _quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     peaks = tile_peaks(rows, _TILE, _TILE)
     # Through the reciprocal, as transformers does: peaks / 448 differs in some last bits.
     factor = torch.where(peaks > 0, _LARGEST / peaks, 1.0)
-    scaled = rows * expand(factor, 0, rows.shape[0], _TILE, _TILE, rows.shape[1])
-    return scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), 1.0 / factor
+    codes = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    # A row of tiles may be large: a few tiles at a time.
+    for first in range(0, rows.shape[1], _PANEL * _TILE):
+        columns = slice(first, first + _PANEL * _TILE)
+        panel, grid = rows[:, columns], factor[:, first // _TILE :]
+        scaled = panel * expand(grid, 0, len(panel), _TILE, _TILE, panel.shape[1])
+        codes[:, columns] = scaled.clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return codes, 1.0 / factor
 
 
 def _tile(config: Json, problems: list[str]) -> tuple[int, int] | None:

@@ -47,6 +47,7 @@ class BlocksGGUF:
     """Every tensor of the file is one of it, those of plain floats too."""
 
     title = "GGUF"
+    on_host: tuple[str, ...] = ("blocks",)  # gguf decodes with NumPy
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`; said by what reads the file, for its config.json does not."""

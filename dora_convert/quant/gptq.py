@@ -31,6 +31,7 @@ class GroupedGPTQ:
     """2, 4 and 8 bits; 3 bits, which cross words, are refused."""
 
     title = "GPTQ"
+    on_host: tuple[str, ...] = ("groups",)
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""
@@ -91,6 +92,7 @@ class GroupedGPTQ:
                 f"g_idx names a group that is not there: there are {len(zeros)}",
                 where=weight.parts["groups"].name,
             )
+        groups = parts["groups"].to(codes.device, non_blocking=True).long()
         scales = parts["scales"].float().t()[:, groups]
         return (codes - zeros.t()[:, groups]).float().mul_(scales)
 

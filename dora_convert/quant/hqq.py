@@ -36,6 +36,7 @@ class GroupedHQQ:
     """Scales and zero points that are quantised themselves are refused."""
 
     title = "HQQ"
+    on_host: tuple[str, ...] = ()
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""
@@ -74,10 +75,11 @@ class GroupedHQQ:
         values = _unpacked(parts["codes"], weight.settings["bits"], first, last)
         values = values.to(parts["scale"].dtype)
         if weight.settings["axis"] == 0:
-            place = torch.arange(first, last) % weight.parts["scale"].numel
+            place = torch.arange(first, last, device=values.device) % weight.parts["scale"].numel
         else:
             group = weight.settings["group"]
-            place = torch.arange(first, last) // group - first // group
+            places = torch.arange(first, last, device=values.device)
+            place = places // group - first // group
         scale, zero = (parts[role].view(-1)[place] for role in ("scale", "zero"))
         return values.sub_(zero).mul_(scale).float().view(stop - start, weight.columns)
 

@@ -28,6 +28,7 @@ class ModelOpt:
     """Which of the two a weight is, its type says: a checkpoint may have both."""
 
     title = "NVIDIA ModelOpt"
+    on_host: tuple[str, ...] = ()
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""

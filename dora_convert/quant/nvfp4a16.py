@@ -45,8 +45,9 @@ class TensorScaledFP4(PackedFP4):
         return f"{name[: found.start()]}.{'qkv' if found['qkv'] else 'gate_up'}"
 
     def survey(self, rows: Tensor) -> Tensor:
-        """The largest absolute value, `[1]`."""
-        return rows.abs().amax().reshape(1)
+        """The largest absolute value, `[1]`, found without a copy of the block."""
+        lowest, highest = torch.aminmax(rows)
+        return torch.maximum(-lowest, highest).reshape(1)
 
     def gather(self, surveys: Sequence[Tensor]) -> Tensor:
         """The largest of all, `[1]`."""

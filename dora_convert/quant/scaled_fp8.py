@@ -34,6 +34,7 @@ class ScaledFP8:
     """Every tensor of FP8 is one of it, a bias too."""
 
     title = "FP8 of image models"
+    on_host: tuple[str, ...] = ()
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`; said by what reads the file, for no config does."""

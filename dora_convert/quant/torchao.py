@@ -28,6 +28,7 @@ class PlainTorchao:
     """The parts of a weight lie beside each other under names of the module."""
 
     title = "torchao"
+    on_host: tuple[str, ...] = ()
 
     def detect(self, config: Json) -> bool:
         """See `Dequantizer.detect`."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from dora_convert.core.tensors import (
     Slice,
     Step,
     TensorRef,
+    TensorSpec,
 )
 from dora_convert.errors import InputError
 from dora_convert.storage.dtypes import TORCH
@@ -28,7 +30,37 @@ from dora_convert.storage.opening import opened
 from dora_convert.storage.pickled import open_pickle
 from dora_convert.storage.sparse import require
 
-__all__ = ["DecodedBlocks", "Reader", "RowBlocks"]
+__all__ = ["DecodedBlocks", "Lane", "Reader", "RowBlocks"]
+
+_ALIGNED = 64  # bytes: where a part may begin beside others
+
+
+class Lane(Protocol):
+    """The way from here to where a worker computes; `execution.lanes.Buffers` is one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where that is."""
+
+    def landing(self, kind: str, nbytes: int) -> Tensor:
+        """Memory on the host to read a block into, uint8, that belongs to `kind`."""
+
+    def upload(self, kind: str, stored: Tensor) -> Tensor:
+        """A block `[rows, columns]` that was read, on the device."""
+
+
+class _Here:
+    """Of who keeps what was read, on the CPU: memory of its own for every block."""
+
+    device = torch.device("cpu")
+
+    def landing(self, kind: str, nbytes: int) -> Tensor:
+        """See `Lane`."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def upload(self, kind: str, stored: Tensor) -> Tensor:
+        """See `Lane`."""
+        return stored
 
 
 class RowBlocks:
@@ -64,9 +96,17 @@ class RowBlocks:
         _pread_into(self._fd, self._ref.source.file, target, offset)
         return matrix
 
+    def fetch(self, start: int, stop: int, lane: Lane, kind: str = "raw") -> Tensor:
+        """The same rows where the lane computes, until the next of the same kind are fetched."""
+        raw = lane.landing(kind, self._ref.spec.row_bytes * (stop - start))
+        return lane.upload(kind, self.read(start, stop, raw))
+
 
 class DecodedBlocks(RowBlocks):
-    """Row blocks of a quantised matrix, float32; parts that belong to no row are read once."""
+    """Row blocks of a quantised matrix, float32; parts that belong to no row are read once.
+
+    They are decoded where the lane computes, but for what the scheme needs on the host.
+    """
 
     def __init__(self, ref: TensorRef, reader: Reader, scheme: Dequantizer) -> None:
         super().__init__(ref, None, None)
@@ -78,17 +118,63 @@ class DecodedBlocks(RowBlocks):
 
     def read(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """Rows `start:stop` as the scheme decodes them; `buffer` is not used."""
-        weight = self._source.weight
-        windows = self._scheme.windows(weight, start, stop)
-        parts = {role: self._part(role, window) for role, window in windows.items()}
-        return self._scheme.dequantize(weight, parts, start, stop)
+        return self.fetch(start, stop, _Here())
 
-    def _part(self, role: str, window: Window | None) -> Tensor:
+    def fetch(self, start: int, stop: int, lane: Lane, kind: str = "raw") -> Tensor:
+        """See `RowBlocks`; all parts of a block go in one copy."""
+        weight, scheme = self._source.weight, self._scheme
+        parts: dict[str, Tensor] = {}
+        moving: dict[str, Window] = {}
+        for role, window in scheme.windows(weight, start, stop).items():
+            if window is None:
+                parts[role] = self._shared_part(role, lane)
+            elif role in scheme.on_host:
+                parts[role] = self._part(role, window)
+            else:
+                moving[role] = window
+        if moving:
+            parts |= self._landed(moving, lane, kind)
+        values = scheme.dequantize(weight, parts, start, stop)
+        there = values.device.type == lane.device.type
+        return values if there else lane.upload(kind, values)
+
+    def _shared_part(self, role: str, lane: Lane) -> Tensor:
+        if role not in self._shared:
+            held = self._reader.load(self._source.parts[role])
+            self._shared[role] = held if role in self._scheme.on_host else held.to(lane.device)
+        return self._shared[role]
+
+    def _landed(self, windows: Mapping[str, Window], lane: Lane, kind: str) -> dict[str, Tensor]:
+        """Parts of a block, side by side in the memory of its kind."""
+        found, places, end = {}, {}, 0
+        for role, window in windows.items():
+            spec = self._source.parts[role].spec
+            length = window.stop - window.start
+            shape = (*spec.shape[: window.axis], length, *spec.shape[window.axis + 1 :])
+            kept = TensorSpec(spec.name, spec.dtype, shape)
+            start = -(-end // _ALIGNED) * _ALIGNED
+            end = start + kept.nbytes
+            places[role] = kept, start, end
+        raw = lane.landing(kind, end)[:end]
+        for role, (_, start, stop) in places.items():
+            self._read_part(role, windows[role], raw[start:stop])
+        data = lane.upload(kind, raw.unsqueeze(0)).view(-1)
+        for role, (kept, start, stop) in places.items():
+            found[role] = data[start:stop].view(TORCH[kept.dtype]).view(kept.shape)
+        return found
+
+    def _read_part(self, role: str, window: Window, target: Tensor) -> None:
         ref = self._source.parts[role]
-        if window is None:
-            if role not in self._shared:
-                self._shared[role] = self._reader.load(ref)
-            return self._shared[role]
+        if window.axis == 0 and isinstance(ref.source, Slice) and ref.is_contiguous:
+            offset = ref.source.start + window.start * ref.spec.row_bytes
+            with opened(ref.source.file) as (fd, _):
+                _pread_into(fd, ref.source.file, target, offset)
+        else:
+            part = self._part(role, window)
+            target.view(part.dtype).view(part.shape).copy_(part)
+
+    def _part(self, role: str, window: Window) -> Tensor:
+        ref = self._source.parts[role]
         if window.axis == 0:
             return self._reader.load_rows(ref, window.start, window.stop)
         whole = self._reader.load(ref)

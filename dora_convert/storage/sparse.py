@@ -20,6 +20,7 @@ from pathlib import Path
 from dora_convert.errors import HubError, OutputError
 from dora_convert.storage.digest import file_sha256
 from dora_convert.storage.oserrors import reading, writing
+from dora_convert.storage.room import require_room
 
 __all__ = [
     "Fetch",
@@ -138,7 +139,7 @@ def require(file: Path, start: int, stop: int) -> None:
 def fill(wanted: Iterable[tuple[Path, int, int]]) -> None:
     """Bring many ranges at once, neighbours together and several at a time.
 
-    Ranges of other files are passed over.
+    Ranges of other files are passed over. Raises MemoryError where there is none for the threads.
     """
     spans: dict[Path, list[_Span]] = defaultdict(list)
     for file, start, stop in wanted:
@@ -150,6 +151,7 @@ def fill(wanted: Iterable[tuple[Path, int, int]]) -> None:
         for first, last in _joined(found)
         for start in range(first, last, _PIECE)
     ]
+    require_room(min(_AT_ONCE, len(pieces)))
     with ThreadPoolExecutor(_AT_ONCE, "fetch") as pool:
         futures = [pool.submit(require, *piece) for piece in pieces]
         try:

@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["HIDDEN", "MODULES", "RANK", "VOCAB", "Result", "Sandbox", "digest", "make_base"]
+__all__ = [
+    "ALPHA",
+    "HIDDEN",
+    "MODULES",
+    "RANK",
+    "VOCAB",
+    "Result",
+    "Sandbox",
+    "digest",
+    "make_base",
+]
 
 HIDDEN, INNER, KEYS, VOCAB, RANK, ALPHA = 32, 48, 16, 40, 4, 8
 _SHAPES = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (KEYS, HIDDEN)}

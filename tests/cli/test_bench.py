@@ -68,6 +68,37 @@ def test_a_folder_that_is_not_there(box: Sandbox, run: Callable[..., Result]) ->
     assert "Traceback" not in result.err
 
 
+def test_a_timeline(box: Sandbox, run: Callable[..., Result]) -> None:
+    file = box.root / "merge.json"
+    args = ("-b", box.base, "--folder", box.root, "--timeline", file)
+    result = run("bench", box.adapter, *args)
+    assert result.code == 0
+    rows = [line.split() for line in result.out.splitlines()]
+    assert ["while", "merging", "took", "of", "the", "time"] in rows
+    assert {"read", "compute", "write", "hash", "sync"} <= {row[0] for row in rows if row}
+    events = json.loads(file.read_text())["traceEvents"]
+    assert {"read", "compute", "write", "hash", "sync"} <= {event["name"] for event in events}
+    for event in events:
+        assert event["ph"] == "M" or min(event["ts"], event["dur"]) >= 0
+
+    found = json.loads(run("bench", box.adapter, *args, "--json").out)
+    shares = {activity["stage"]: activity["busy"] for activity in found["activities"]}
+    assert all(0 <= share <= 1 for share in shares.values())
+    assert shares["sync"] > 0
+
+
+def test_without_a_timeline_nothing_is_said_of_it(box: Sandbox, run: Callable[..., Result]) -> None:
+    args = ("-b", box.base, "--folder", box.root, "--json")
+    assert json.loads(run("bench", box.adapter, *args).out)["activities"] == []
+
+
+def test_a_timeline_where_no_folder_is(box: Sandbox, run: Callable[..., Result]) -> None:
+    args = ("-b", box.base, "--folder", box.root, "--timeline", box.root / "nowhere" / "t.json")
+    result = run("bench", box.adapter, *args)
+    assert result.code == 5
+    assert "t.json cannot be written: it does not exist" in result.err
+
+
 def test_a_device_that_is_not_there(box: Sandbox, run: Callable[..., Result]) -> None:
     args = ("-b", box.base, "-o", box.out, "--device", "cuda:63")
     result = run("merge", box.adapter, *args)

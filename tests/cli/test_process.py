@@ -25,13 +25,13 @@ PROGRAM = [sys.executable, "-m", "dora_convert"]
 SLOW = """
 import pathlib, sys, time
 from dora_convert.execution import run as engine
-run_unit, marker = engine.run_unit, pathlib.Path(sys.argv.pop(1))
-def slow(unit, out):
-    faults = run_unit(unit, out)
+do_unit, marker = engine.do_unit, pathlib.Path(sys.argv.pop(1))
+def slow(*args):
+    found = do_unit(*args)
     marker.touch()
     time.sleep(0.1)
-    return faults
-engine.run_unit = slow
+    return found
+engine.do_unit = slow
 from dora_convert.cli import main
 main()
 """
@@ -61,7 +61,8 @@ def poor(tmp_path: Path) -> Mapping[str, str]:
     """An environment where all that is slow to import cannot be."""
     folder = tmp_path / "poor"
     folder.mkdir()
-    for name in ("torch", "numpy", "rich", "safetensors", "huggingface_hub", "transformers"):
+    slow = ("torch", "numpy", "rich", "safetensors", "huggingface_hub", "transformers")
+    for name in (*slow, "matplotlib"):
         (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')")
     paths = (str(folder), os.environ.get("PYTHONPATH", os.getcwd()))  # noqa: PTH109
     return {"PYTHONPATH": os.pathsep.join(paths)}
@@ -69,7 +70,15 @@ def poor(tmp_path: Path) -> Mapping[str, str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["merge", "--help"], ["formats"], ["completion", "zsh"], ["merg"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["merge", "--help"],
+        ["plot", "--help"],
+        ["formats"],
+        ["completion", "zsh"],
+        ["merg"],
+    ],
     ids=" ".join,
 )
 def test_light_commands(poor: Mapping[str, str], arguments: Sequence[str]) -> None:

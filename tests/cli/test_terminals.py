@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[Arguments, int]] = {
     "formats": (lambda _: [], 0),
     "inspect": (lambda box: [box.adapter, "-b", box.base, "--per-module"], 0),
     "merge": (lambda box: [box.adapter, "-b", box.base, "-o", box.out], 0),
+    "plot": (
+        lambda box: [box.adapter, "-b", box.base, "-o", box.root / "p.svg", "--overwrite"],
+        0,
+    ),
     "push": (lambda box: [box.adapter, "someone/something"], 6),
     "stats": (lambda box: [box.base, "--text", box.root / "absent", "-o", box.root / "s"], 3),
     "to-lora": (lambda box: [box.adapter, "-b", box.base, "-o", box.out, "--rank", "4"], 0),

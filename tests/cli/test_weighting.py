@@ -88,6 +88,28 @@ def test_a_gain_that_weights_nothing(box: Sandbox, gain: torch.Tensor) -> None:
     assert (box.out / "adapter_model.safetensors").read_bytes() == plain
 
 
+@pytest.mark.parametrize("options", [("--weight", "norm"), ()])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gain_that_is_no_number_is_named(
+    box: Sandbox, options: tuple[object, ...], bad: float
+) -> None:
+    """Once, with all that it stands before; layers of other norms are weighted as ever."""
+    gains = [torch.linspace(0.1, 3, HIDDEN) for _ in range(2)]
+    gains[0][5] = bad
+    norms = [f"model.layers.{n}.input_layernorm.weight" for n in range(2)]
+    box.save_base(box.load_base() | dict(zip(norms, gains, strict=True)))
+    result = to_lora(box, *options, "--json")
+    assert result.code == 0
+    (note,) = (line for line in result.json["notes"] if "NaN or infinite" in line)
+    assert norms[0] in note
+    for module in result.json["modules"]:
+        is_before = module["path"].startswith("model.layers.0.")
+        assert (module["path"] in note) == is_before
+        assert (module["weighted_residual"] is None) == is_before
+    assert norms[0] in to_lora(box, *options, "--overwrite").err
+    assert "NaN" not in to_lora(box, "--weight", "plain", "--overwrite").err
+
+
 def test_plain(box: Sandbox) -> None:
     """Unweighted where that is asked for, and not otherwise."""
     gain = torch.linspace(0.1, 3, HIDDEN)

@@ -1,23 +1,18 @@
-"""The way to a device and back, with a stand-in for the device's queue, and the arithmetic there.
-
-The stand-in keeps what a real queue may do: a copy to the host has not happened before it is waited
-for, and a copy from the host may still be reading when the next block arrives.
-"""
+"""The way to a device and back, and the arithmetic there, with a stand-in for it and its queue."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from dora_convert import quant
 from dora_convert.core.adapter import MagnitudeAxis
-from dora_convert.core.plan import Cast, Copy, Merge, Piece, Plan, ScaleBias
-from dora_convert.core.tensors import DType
+from dora_convert.core.plan import Cast, Copy, Job, Merge, Piece, Plan, Quantise, ScaleBias, Shard
+from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError, MismatchError, OutputError
 from dora_convert.execution import units
 from dora_convert.execution.devices import DirectTransport, lanes, named, pays
@@ -25,59 +20,11 @@ from dora_convert.execution.kernels import Operands
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers
 from dora_convert.execution.run import run
 from dora_convert.maths.dora import RowFaults, add_update, overflows, scale_by, scale_rows
+from tests.elsewhere import ELSEWHERE, MixedDevicesError, Queue
 
 from .conftest import KINDS, Recorder, Store, exact, module, operands, plan_of, random, written
 
 CPU = torch.device("cpu")
-
-
-class Queue:
-    """A device whose copies go on behind the host's back."""
-
-    device = CPU
-    pinned = False
-
-    def __init__(self) -> None:
-        self.waiting: list[Callable[[], None]] = []
-        self.open = 0
-
-    def active(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        seen = source.clone()
-        self.open += 1
-        if source.dim() == 2:  # typed blocks go there, bytes come back
-            target.copy_(source)
-            self.waiting.append(partial(self._unchanged, source, seen))
-        else:
-            target.fill_(0xAB)
-            self.waiting.append(partial(self._arrive, target, seen))
-
-    def mark(self) -> Callable[[], None]:
-        count = len(self.waiting)
-
-        def wait() -> None:
-            for i in range(count):
-                self.waiting[i]()
-                self.waiting[i] = _done
-
-        return wait
-
-    def release(self) -> None:
-        self.waiting = []
-
-    def _unchanged(self, source: Tensor, seen: Tensor) -> None:
-        assert source.view(torch.uint8).equal(seen.view(torch.uint8)), "read into while on its way"
-        self.open -= 1
-
-    def _arrive(self, target: Tensor, seen: Tensor) -> None:
-        target.copy_(seen)
-        self.open -= 1
-
-
-def _done() -> None:
-    pass
 
 
 class Scarce(DeviceBuffers):
@@ -167,12 +114,11 @@ def test_the_stand_in_notices_a_missing_wait(
 
         def _put_oldest(self) -> str:
             slot = next(iter(self._sent))
-            wait, host, put = self._sent.pop(slot)
-            if broken == "finish":
-                put(host)
-                return slot
-            wait()
-            put(host)
+            wait, parcels = self._sent.pop(slot)
+            if broken != "finish":
+                wait()
+            for data, put in parcels:
+                put(data)
             return slot
 
     weight, parts = random(90, 60, seed=5), operands(90, 60, MagnitudeAxis.OUT)
@@ -290,6 +236,25 @@ def test_a_device_without_float64_takes_bfloat16_alone(
             named("mps", plan(dtype), workers=2)
 
 
+def test_what_mps_lacks_is_said_before(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows are float64 whatever the weights are; floats of 8 bits it does not know."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    base = store("b.safetensors", w=random(128, 128, seed=5, dtype=torch.bfloat16))["w"]
+    into = operands(128, 128, MagnitudeAxis.IN)
+    pieces = (Piece(0, 128, module(store("a.safetensors", **into), MagnitudeAxis.IN)),)
+    with pytest.raises(InputError, match="float64"):
+        named("mps", plan_of({"w": (Merge(base, pieces), DType.BF16, (128, 128))}), workers=2)
+
+    def into_scheme(name: str) -> Plan:
+        spec = TensorSpec("w", DType.BF16, (128, 128))
+        job = Job(Quantise(base, (), name, quant.writable(name).layout(spec)), spec)
+        return Plan((Shard("model.safetensors", (job,)),), ())
+
+    with pytest.raises(InputError, match="8 bits"):
+        named("mps", into_scheme("fp8"), workers=2)
+    assert named("mps", into_scheme("w8a8"), workers=2)
+
+
 def test_without_another_device_the_cpu_is_chosen() -> None:
     assert [device.type for device in named("auto", Plan((), ()), workers=2)] == ["cpu"]
 
@@ -315,7 +280,25 @@ def test_workers_take_turns_on_the_devices(monkeypatch: pytest.MonkeyPatch) -> N
     make = lanes([first, second], workers=4, max_memory=100 << 20)
     made = [make() for _ in range(4)]
     assert [lane.device for lane in made] == [first, second, first, second]
-    assert {lane.block_bytes for lane in made} == {(100 << 20) // 20}
+    assert {lane.block_bytes for lane in made} == {(100 << 20) // 32}
     large = lanes([first], workers=1, max_memory=1 << 40)()
     assert large.block_bytes == 16 << 20
     assert type(lanes([CPU], workers=1, max_memory=None)()) is Buffers
+
+
+def test_the_stand_in_refuses_what_a_device_would() -> None:
+    queue, other = Queue(), Queue()
+    with queue:
+        there = torch.ones(3, 2, device=ELSEWHERE)
+        assert (there * 2 + torch.tensor(1)).device == ELSEWHERE  # a number may come from the host
+        assert not queue.waits
+        for mixed in (lambda: there + torch.ones(2), lambda: there[torch.arange(2)]):
+            with pytest.raises(MixedDevicesError, match="mixes"):
+                mixed()
+        assert there.cpu().tolist() == torch.ones(3, 2).tolist()
+        assert int(there.sum()) == 6
+        assert len(queue.waits) == 2
+    with other, pytest.raises(MixedDevicesError, match="another queue"):
+        there.add_(1)
+    with pytest.raises(MixedDevicesError, match="outside"):
+        there.cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,32 @@ def test_an_fsync_that_fails_is_no_success(
     with pytest.raises(OutputError):
         run(plan, tmp_path / "out", workers=1, listener=listener)
     assert listener.files == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("workers", [1, 4])
+def test_hashes_are_those_of_sha256sum(tmp_path: Path, store: Store, workers: int) -> None:
+    """Also of rows that are patched once they are copied, and of files without data."""
+    weight, parts = random(300, 40), operands(300, 40, MagnitudeAxis.IN)
+    base, refs = store(w=weight, e=torch.empty(0, 4)), store("adapter.safetensors", **parts)
+    rows = tuple(range(250, 0, -9))
+    patch = TokenRows(rows, store("rows.safetensors", r=random(28, 40))["r"])
+    merge = Merge(base["w"], (Piece(0, 300, module(refs, MagnitudeAxis.IN)),))
+    by_file = {
+        "one": {"copied": (Copy(base["w"]), DType.F32, (300, 40))},
+        "two": {
+            "merged": (merge, DType.F32, (300, 40)),
+            "patched": (PatchRows(base["w"], patch), DType.F32, (300, 40)),
+        },
+        "empty": {"e": (Copy(base["e"]), DType.F32, (0, 4))},
+    }
+    shards = [Shard(file, plan_of(ops).shards[0].jobs) for file, ops in by_file.items()]
+    (tmp_path / "out").mkdir()
+    result = run(Plan(tuple(shards), ()), tmp_path / "out", workers=workers, listener=Recorder())
+    lines = "".join(f"{sha256}  {file}\n" for file, sha256 in result.sha256.items())
+    assert set(result.sha256) == set(by_file)
+    check = ["sha256sum", "--check", "--strict", "-"]
+    subprocess.run(check, cwd=tmp_path / "out", input=lines, text=True, check=True)
 
 
 @pytest.mark.parametrize("op", [Copy, Merge])

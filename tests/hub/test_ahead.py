@@ -14,12 +14,14 @@ from huggingface_hub import constants
 
 from dora_convert import api
 from dora_convert.errors import InputError
+from dora_convert.hub import ahead
 from dora_convert.storage import staging
 from tests.cli.sandbox import Result, Sandbox
 from tests.hub.conftest import CANARY, PUSHING, less_card, results, undefine_last_layer
 from tests.hub.server import Fault, LoopbackHub, sha256
 from tests.hub.test_locate import failed
 from tests.hub.test_ranges import LAYERS, box
+from tests.reliability.nursery import Nursery
 
 __all__ = ["box"]
 
@@ -45,9 +47,13 @@ def shards(box: Sandbox) -> list[str]:
     return [sha256(file.read_bytes()) for file in sorted(place.glob("*.safetensors"))]
 
 
-def command(box: Sandbox) -> list[str]:
+def arguments(box: Sandbox) -> list[str]:
     place = ("-b", str(box.base), "-o", str(box.out), "--push-to-hub", REPO, "--workers", "1")
-    return [sys.executable, "-m", "dora_convert", "merge", str(box.adapter), *place]
+    return ["merge", str(box.adapter), *place]
+
+
+def command(box: Sandbox) -> list[str]:
+    return [sys.executable, "-m", "dora_convert", *arguments(box)]
 
 
 def environment(hub: LoopbackHub, box: Sandbox) -> dict[str, str]:
@@ -107,6 +113,21 @@ def test_the_result_is_there_though_nothing_can_be_sent(
     assert less_card(hub.repos[REPO].files()) == results(box.out)
 
 
+def test_without_memory_for_a_thread_all_is_sent_at_the_end(
+    hub: LoopbackHub,
+    box: Sandbox,
+    merge: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def require_room(threads: int) -> None:
+        raise MemoryError("can't start new thread")
+
+    monkeypatch.setattr(ahead, "require_room", require_room)
+    assert merge().code == 0
+    assert less_card(hub.repos[REPO].files()) == results(box.out)
+    assert len(hub.requests(PUT)) == LAYERS
+
+
 def test_a_failed_merge_commits_nothing(
     hub: LoopbackHub, box: Sandbox, merge: Callable[..., Result]
 ) -> None:
@@ -120,7 +141,7 @@ def test_a_failed_merge_commits_nothing(
 
 @pytest.mark.parametrize("name", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_while_a_shard_is_sent(
-    hub: LoopbackHub, box: Sandbox, shards: list[str], name: signal.Signals
+    hub: LoopbackHub, box: Sandbox, nursery: Nursery, shards: list[str], name: signal.Signals
 ) -> None:
     """The program does not wait for the line; the same command goes on, and sends the rest."""
     repo = hub.create(REPO)
@@ -136,15 +157,12 @@ def test_stopped_while_a_shard_is_sent(
     assert repo.files() == {}
     hub.log.clear()
     # The merge itself may have been done already.
-    again = [*command(box), "--overwrite"]
-    done = subprocess.run(
-        again, env=environment(hub, box), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = nursery.run(*arguments(box), "--overwrite", environment=environment(hub, box))
+    assert done.code == 0, done.err
     assert less_card(repo.files()) == results(box.out)
     assert len(repo.commits) == 2
     assert len(hub.requests(PUT)) == LAYERS - 1
-    assert CANARY not in done.stderr
+    assert CANARY not in done.err
 
 
 @pytest.mark.slow

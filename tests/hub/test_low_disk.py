@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.hub.conftest import (
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import failed
 from tests.hub.test_ranges import LAYERS, box, digests, sent, size
+from tests.reliability.nursery import Nursery
 
 __all__ = ["box"]
 
@@ -205,31 +205,36 @@ def test_a_failure_shows_nothing_and_is_gone_on_from(
     assert len(hub.repos[REPO].commits) == 2
 
 
-def killed(hub: LoopbackHub, box: Sandbox, mark: str, *options: str, repo: str = REPO) -> None:
+@pytest.fixture
+def killed(hub: LoopbackHub, box: Sandbox, nursery: Nursery) -> Callable[..., None]:
     """A merge into the repository that is killed at its first request of this kind."""
-    storage = "0" if hub.xet_store else "1"
-    hub.faults, hub.log[:] = [Fault(mark, stall=True)], []
-    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(box.root / "home"), "HF_TOKEN": CANARY}
-    command = [sys.executable, "-c", IN_PARTS, "merge", "me/dora", "-o", str(box.out)]
-    process = subprocess.Popen(
-        [*command, "--low-disk", "--push-to-hub", repo, *options],
-        env=os.environ | places | {"HF_HUB_DISABLE_XET": storage},
-        stderr=subprocess.DEVNULL,
-    )
-    while not hub.requests(mark):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+
+    def killed(mark: str, *options: str, repo: str = REPO) -> None:
+        storage = "0" if hub.xet_store else "1"
+        hub.faults, hub.log[:] = [Fault(mark, stall=True)], []
+        places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(box.root / "home"), "HF_TOKEN": CANARY}
+        ended = nursery.killed_once(
+            lambda: hub.requests(mark),
+            *("merge", "me/dora", "-o", box.out, "--low-disk", "--push-to-hub", repo, *options),
+            code=IN_PARTS,
+            environment=os.environ | places | {"HF_HUB_DISABLE_XET": storage},
+        )
+        assert ended.code == -signal.SIGKILL
+
+    return killed
 
 
 def test_killed_and_started_again(
-    hub: LoopbackHub, box: Sandbox, expected: dict[str, bytes], merge: Callable[..., Result]
+    hub: LoopbackHub,
+    box: Sandbox,
+    expected: dict[str, bytes],
+    merge: Callable[..., Result],
+    killed: Callable[..., None],
 ) -> None:
     """What was sent is neither fetched, nor made, nor sent again; the journal holds no secret."""
     repo = hub.create(REPO)
     second = hashlib.sha256(expected["model-00002-of-00004.safetensors"]).hexdigest()
-    killed(hub, box, f"PUT /lfs/{second}")
+    killed(f"PUT /lfs/{second}")
     hub.released.set()
     assert repo.files() == {}
     left = b"".join(contents(box.root / "out.partial").values())
@@ -256,6 +261,7 @@ def test_killed_at_many_points(
     box: Sandbox,
     expected: dict[str, bytes],
     merge: Callable[..., Result],
+    killed: Callable[..., None],
     is_pull: bool,
 ) -> None:
     """Each run gets one step further; nobody sees anything before the last."""
@@ -264,7 +270,7 @@ def test_killed_at_many_points(
     shards = [data for file, data in expected.items() if file.endswith(".safetensors")]
     puts = [f"PUT /lfs/{hashlib.sha256(data).hexdigest()}" for data in shards]
     for mark in ("GET /cdn/", "POST .*/preupload/", *puts, "POST .*/commit/"):
-        killed(hub, box, mark, *options, repo=name)
+        killed(mark, *options, repo=name)
         assert repo.files() == {}
         assert not repo.pulls
     hub.released.set()
@@ -374,8 +380,18 @@ def test_a_dry_run(hub: LoopbackHub, box: Sandbox, merge: Callable[..., Result])
     assert sent(hub, box) < 0.1 * size(box)
 
 
-@pytest.mark.parametrize("scheme", ["fp8_dynamic", "nf4", "nvfp4a16"])
-@pytest.mark.parametrize("is_sent", [True, False])
+@pytest.mark.parametrize(
+    ("scheme", "is_sent"),
+    [
+        ("fp8_dynamic", True),
+        ("fp8_dynamic", False),
+        ("nf4", True),
+        ("nvfp4a16", True),
+        # Neither the scheme nor the place is new here.
+        pytest.param("nf4", False, marks=pytest.mark.slow),
+        pytest.param("nvfp4a16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_quantised_results(
     hub: LoopbackHub, box: Sandbox, merge: Callable[..., Result], scheme: str, is_sent: bool
 ) -> None:
@@ -443,12 +459,13 @@ def test_xet_killed_and_started_again(
     expected: dict[str, bytes],
     box: Sandbox,
     merge: Callable[..., Result],
+    killed: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Though the contents lie in the newer storage, they are named by their sha256."""
     hub.xet_store = box.root / "store"
     repo = hub.create(REPO)
-    killed(hub, box, "POST .*/commit/")
+    killed("POST .*/commit/")
     hub.released.set()
     assert repo.files() == {}
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
@@ -484,7 +501,7 @@ def test_changed_by_somebody_else_meanwhile(
 
 
 def test_on_a_disk_smaller_than_the_model(
-    hub: LoopbackHub, box: Sandbox, expected: dict[str, bytes]
+    hub: LoopbackHub, box: Sandbox, expected: dict[str, bytes], nursery: Nursery
 ) -> None:
     """A file system of its own, so that nothing that takes room is overlooked."""
     stocked(hub, box)
@@ -500,24 +517,17 @@ def test_on_a_disk_smaller_than_the_model(
     )
     if made.returncode:
         pytest.skip("mounting a file system takes rights that are not there")
-    command = [sys.executable, "-c", IN_PARTS, "merge", "me/dora", "-o", str(disk / "out")]
+    command = ["merge", "me/dora", "-o", disk / "out"]
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(disk / "home"), "HF_TOKEN": CANARY}
     places |= {"HF_HUB_DISABLE_XET": "1", "TMPDIR": str(disk)}
+    how = {"code": IN_PARTS, "environment": os.environ | places}
     try:
-        whole = subprocess.run(
-            command, env=os.environ | places, capture_output=True, text=True, check=False
-        )
-        assert whole.returncode == 5, whole.stderr  # it does not fit
+        whole = nursery.run(*command, **how)
+        assert whole.code == 5, whole.err  # it does not fit
         shutil.rmtree(disk / "home")
-        done = subprocess.run(
-            [*command, "--low-disk", "--push-to-hub", REPO],
-            env=os.environ | places,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        done = nursery.run(*command, "--low-disk", "--push-to-hub", REPO, **how)
+        assert done.code == 0, done.err
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     assert less_card(hub.repos[REPO].files()) == expected
-    assert CANARY not in done.stdout + done.stderr
+    assert CANARY not in done.out + done.err

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tests.cli.sandbox import Result, Sandbox, make_base
 from tests.hub.conftest import CANARY, PUSHING, READER, contents, less_card
 from tests.hub.server import Fault, LoopbackHub
 from tests.hub.test_locate import failed
+from tests.reliability.nursery import Nursery
 
 REPO = "alice/model"
 
@@ -228,21 +227,17 @@ def test_the_hub_holds_something_else(hub: LoopbackHub, push: Callable[..., Resu
 
 @pytest.mark.parametrize("place", ["PUT /lfs/", "POST .*/preupload/", "POST .*/commit/"])
 def test_killed_and_started_again(
-    hub: LoopbackHub, box: Sandbox, push: Callable[..., Result], place: str
+    hub: LoopbackHub, box: Sandbox, nursery: Nursery, push: Callable[..., Result], place: str
 ) -> None:
     box.split()
     repo = hub.create(REPO)
     hub.faults = [Fault(place, stall=True)]
     variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(box.root / "home"), "HF_TOKEN": CANARY}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dora_convert", "push", str(box.base), REPO],
-        env=os.environ | variables | {"HF_HUB_DISABLE_XET": "1"},
+    nursery.killed_once(
+        lambda: hub.requests(place),
+        *("push", box.base, REPO),
+        environment=os.environ | variables | {"HF_HUB_DISABLE_XET": "1"},
     )
-    while not hub.requests(place):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
     hub.released.set()
     assert repo.files() == {}
     assert push().code == 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from tests.cli.sandbox import Sandbox
 from tests.hub.conftest import CANARY, READER, contents, results, stocked
 from tests.hub.server import Fault, LoopbackHub, sha256
 from tests.hub.test_locate import Login, failed
+from tests.reliability.nursery import Nursery
 
 WIDE, DEEP, LAYERS = 256, 1024, 4
 SHAPES = {
@@ -271,7 +269,7 @@ def test_a_broken_header(hub: LoopbackHub, box: Sandbox) -> None:
 
 
 def test_what_a_killed_run_leaves_is_swept_away(
-    hub: LoopbackHub, box: Sandbox, monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, box: Sandbox, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stocked(hub, box)
     home = box.root / "home"
@@ -281,15 +279,12 @@ def test_what_a_killed_run_leaves_is_swept_away(
         "from dora_convert.hub import partly\npartly._SMALL = 0\n"
         "from dora_convert.cli import main\nmain()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "inspect", "me/dora", "-b", "someone/some-model"],
-        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": CANARY},
+    nursery.killed_once(
+        lambda: hub.requests(f"GET /cdn/{shard}"),
+        *("inspect", "me/dora", "-b", "someone/some-model"),
+        code=code,
+        environment=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": CANARY},
     )
-    while not hub.requests(f"GET /cdn/{shard}"):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
     hub.released.set()
     (left,) = (home / "hub").glob(".dora-convert-*")
     assert CANARY.encode() not in b"".join(contents(home).values())

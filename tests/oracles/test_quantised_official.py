@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
@@ -18,7 +20,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from dora_convert import api
 from tests.quant.engine import same_bytes
-from tests.quant.test_compressed import PRESETS, official
+from tests.quant.test_compressed import FLOATS, PRESETS, official, official_fp4
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import mlx.core as mx
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from .models import Trained, outputs, quiet, tokens, train
 from .test_quantised_output import MODULES, tiny
@@ -55,12 +62,21 @@ def by_bitsandbytes(dense: Path, out: Path, scheme: str) -> None:
         model.save_pretrained(out)  # before any forward, which may repack the weights
 
 
+def fused(name: str) -> list[str]:
+    """The layers that vLLM makes one of, so that they share the scale of the tensor."""
+    path, _, kind = name.removesuffix(".weight").rpartition(".")
+    groups = (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"])
+    group = next((g for g in groups if kind in g), [kind])
+    return [f"{path}.{each}.weight" for each in group]
+
+
 def by_parts(dense: Path, out: Path, scheme: str) -> None:
     """Each linear layer by the library's function, and the library's words in the config."""
     shutil.copytree(dense, out)
     stored: dict[str, Tensor] = {}
     words: dict[str, Any] = {}
-    for name, weight in load_file(dense / "model.safetensors").items():
+    dense_weights = load_file(dense / "model.safetensors")
+    for name, weight in dense_weights.items():
         if not name.endswith("_proj.weight"):
             stored[name] = weight
         elif scheme == "fp8":
@@ -68,11 +84,15 @@ def by_parts(dense: Path, out: Path, scheme: str) -> None:
             stored |= Fp8Quantize(SimpleNamespace(quantization_config=fp8)).convert({name: weight})
             words = fp8.to_dict()
         else:
-            parts, _, plan = official(*PRESETS[scheme], weight)
+            if scheme in FLOATS:
+                partners = [dense_weights[other] for other in fused(name) if other != name]
+                parts, _, plan = official_fp4(scheme, weight, *partners)
+            else:
+                parts, _, plan = official(*PRESETS[scheme], weight)
             stored |= {name.removesuffix("weight") + key[2:]: t for key, t in parts.items()}
             words = QuantizationConfig(
                 config_groups={"group_0": plan},
-                format=PRESETS[scheme][1],
+                format=FLOATS[scheme] if scheme in FLOATS else PRESETS[scheme][1],
                 ignore=["lm_head"],
                 quantization_status="compressed",
             ).model_dump(mode="json")
@@ -81,14 +101,14 @@ def by_parts(dense: Path, out: Path, scheme: str) -> None:
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": words}))
 
 
-def logits(folder: Path, case: Trained) -> Tensor:
+def logits(folder: Path, case: Trained, dtype: torch.dtype) -> Tensor:
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # In eval mode bitsandbytes repacks weights on some processors; nothing is dropped here.
     return outputs(model.train(), case.inputs)
 
 
-@pytest.mark.parametrize("scheme", [*BITS, *PRESETS, "fp8"])
+@pytest.mark.parametrize("scheme", [*BITS, *PRESETS, *FLOATS, "fp8"])
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_the_officially_quantised_model(
     scheme: str, case: Trained, dense: Path, tmp_path: Path
@@ -104,4 +124,28 @@ def test_it_is_the_officially_quantised_model(
             assert bytes(got[name].tolist()).rstrip() == bytes(want[name].tolist())
         else:
             assert same_bytes(got[name], want[name]), name
-    assert torch.equal(logits(ours, case), logits(theirs, case))
+    # The library decodes 4-bit floats to bfloat16, whatever the model is.
+    dtype = torch.bfloat16 if scheme in FLOATS else torch.float32
+    assert torch.equal(logits(ours, case, dtype), logits(theirs, case, dtype))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_is_what_mlx_lm_quantises(case: Trained, dense: Path, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    api.merge(case.adapter, ours, base=case.base, how=api.MergeOptions(quantize="mlx"))
+    with mx.stream(mx.cpu):
+        model, config = load_model(dense)
+        model, config = quantize_model(model, config, group_size=64, bits=4)
+        save_model(theirs, model)
+        save_config(config, theirs / "config.json")
+        got, want = (mx.load(str(folder / "model.safetensors")) for folder in (ours, theirs))
+        assert got.keys() == want.keys()
+        for name in want:
+            assert got[name].dtype == want[name].dtype
+            assert mx.array_equal(got[name], want[name]), name
+        inputs = mx.array(case.inputs["input_ids"].numpy())
+        results = [np.array(load_model(folder)[0](inputs)) for folder in (ours, theirs)]
+    assert np.array_equal(*results)
+    words = [json.loads((folder / "config.json").read_text()) for folder in (ours, theirs)]
+    settings = [{k: w["quantization"][k] for k in ("bits", "group_size")} for w in words]
+    assert settings[0] == settings[1]

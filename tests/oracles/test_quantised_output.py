@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +88,24 @@ def written(case: Trained, out: Path, scheme: str, **how: Any) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def stored(case: Trained, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The merge in a scheme, which is made and recomputed once, and not to be changed."""
+
+    @cache
+    def stored(scheme: str) -> Path:
+        return written(case, tmp_path_factory.mktemp(scheme) / "out", scheme)
+
+    return stored
+
+
 @pytest.mark.parametrize("scheme", LOADED)
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_it(
-    scheme: str, case: Trained, dense: dict[str, Tensor], tmp_path: Path
+    scheme: str, case: Trained, dense: dict[str, Tensor], stored: Callable[[str], Path]
 ) -> None:
     """Its own decoding is as near to the exact result as the scheme's grid is."""
-    out = written(case, tmp_path / "out", scheme)
+    out = stored(scheme)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
         expected = load(case.base, AutoModelForCausalLM)
@@ -105,10 +118,10 @@ def test_transformers_loads_it(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_keeps_what_it_can(
-    scheme: str, case: Trained, dense: dict[str, Tensor], tmp_path: Path
+    scheme: str, dense: dict[str, Tensor], stored: Callable[[str], Path]
 ) -> None:
     """Read back as a base and merged with nothing: within the scheme's error, tensor by tensor."""
-    out = written(case, tmp_path / "out", scheme)
+    out = stored(scheme)
     config = json.loads((out / "config.json").read_text())
     assert config.get("quantization_config") or config.get("quantization")
     found = open_base(out, api.ReadOptions())
@@ -120,11 +133,14 @@ def test_every_scheme_keeps_what_it_can(
 
 
 @pytest.mark.parametrize("scheme", ["nf4_dq", "nvfp4a16", "fp8"])
-def test_the_same_bytes_whatever_the_workers(scheme: str, case: Trained, tmp_path: Path) -> None:
+def test_the_same_bytes_whatever_the_workers(
+    scheme: str, case: Trained, tmp_path: Path, stored: Callable[[str], Path]
+) -> None:
+    expected = (stored(scheme) / "model.safetensors").read_bytes()
     for workers in (1, 3):
-        written(case, tmp_path / str(workers), scheme, workers=workers)
-    one, three = (tmp_path / n / "model.safetensors" for n in "13")
-    assert one.read_bytes() == three.read_bytes()
+        how = api.MergeOptions(quantize=scheme, samples=0, workers=workers)
+        api.merge(case.adapter, tmp_path / str(workers), base=case.base, how=how)
+        assert (tmp_path / str(workers) / "model.safetensors").read_bytes() == expected
 
 
 def test_kept_dense(case: Trained, dense: dict[str, Tensor], tmp_path: Path) -> None:
@@ -139,10 +155,10 @@ def test_kept_dense(case: Trained, dense: dict[str, Tensor], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("scheme", ["fp8", "w4a16", "nf4"])
 def test_a_base_in_the_same_scheme_keeps_its_bytes(
-    scheme: str, case: Trained, tmp_path: Path
+    scheme: str, case: Trained, tmp_path: Path, stored: Callable[[str], Path]
 ) -> None:
     """Only what is merged is stored anew; the rest of a quantised base is copied."""
-    first = written(case, tmp_path / "first", scheme)
+    first = stored(scheme)
     how = api.MergeOptions(quantize=scheme)
     api.merge(case.adapter, tmp_path / "second", base=first, how=how)
     before = load_file(first / "model.safetensors")
@@ -157,9 +173,11 @@ def test_a_base_in_the_same_scheme_keeps_its_bytes(
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "mlx"])
-def test_scales_of_a_base_in_4_bits_are_kept(scheme: str, case: Trained, tmp_path: Path) -> None:
+def test_scales_of_a_base_in_4_bits_are_kept(
+    scheme: str, case: Trained, tmp_path: Path, stored: Callable[[str], Path]
+) -> None:
     """By default: of an update that a grid swallows that leaves less noise than new ones do."""
-    first = written(case, tmp_path / "first", scheme)
+    first = stored(scheme)
     small = api.ReadOptions(scale=0.05)
     noise = {}
     for scales in (None, "fold", "fresh"):
@@ -194,20 +212,25 @@ def test_a_base_of_64_bits(scheme: str, case: Trained, tmp_path: Path) -> None:
         assert torch.equal(same, other[name].contiguous().view(-1).view(torch.uint8)), name
 
 
-def test_verify_finds_a_changed_code(case: Trained, tmp_path: Path) -> None:
-    out = written(case, tmp_path / "out", "w8a16")
-    stored = load_file(out / "model.safetensors")
+def test_verify_finds_a_changed_code(
+    case: Trained, tmp_path: Path, stored: Callable[[str], Path]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(stored("w8a16"), out)
+    tensors = load_file(out / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight_scale"
-    stored[name][17] *= 2
-    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    tensors[name][17] *= 2
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError) as caught:
         api.verify(out, adapter=case.adapter, base=case.base, samples=None)
     assert any("model.layers.1.mlp.down_proj" in p for p in caught.value.problems)
 
 
-def test_verify_names_a_checkpoint_of_several_schemes(case: Trained, tmp_path: Path) -> None:
-    out = written(case, tmp_path / "out", "w4a16")
-    other = written(case, tmp_path / "other", "w8a8")
+def test_verify_names_a_checkpoint_of_several_schemes(
+    case: Trained, tmp_path: Path, stored: Callable[[str], Path]
+) -> None:
+    out, other = tmp_path / "out", stored("w8a8")
+    shutil.copytree(stored("w4a16"), out)
     mine, theirs = (json.loads((at / "config.json").read_text()) for at in (out, other))
     group = theirs["quantization_config"]["config_groups"]["group_0"]
     mine["quantization_config"]["config_groups"]["group_1"] = group

@@ -23,6 +23,7 @@ PRESETS = {
     "w4a16": ("W4A16", "pack-quantized"),
     "w8a16": ("W8A16", "pack-quantized"),
 }
+FLOATS = {"nvfp4a16": "nvfp4-pack-quantized", "mxfp4a16": "mxfp4-pack-quantized"}
 
 
 def official(preset: str, layout: str, weight: Tensor) -> tuple[dict[str, Tensor], Any, Any]:
@@ -55,26 +56,33 @@ def test_bytes_and_values_are_the_librarys(name: str, dtype: torch.dtype) -> Non
     assert same_bytes(dense.to(dtype), compressor.decompress(local, plan)["weight"].to(dtype))
 
 
-@pytest.mark.parametrize("name", ["nvfp4a16", "mxfp4a16"])
+def official_fp4(
+    name: str, weight: Tensor, *partners: Tensor
+) -> tuple[dict[str, Tensor], Any, Any]:
+    """The library's own tensors; `partners` share the scale of the tensor, if there is one."""
+    plan = preset_name_to_scheme(name.upper(), ["Linear"])
+    state = {"weight": weight}
+    if name == "nvfp4a16":
+        fused = torch.cat([weight, *partners])
+        state["weight_global_scale"] = generate_gparam(fused.amin(), fused.amax())
+    grouped = weight.view(len(weight), -1, plan.weights.group_size)
+    state["weight_scale"], _ = calculate_qparams(
+        grouped.amin(dim=2), grouped.amax(dim=2), plan.weights, state.get("weight_global_scale")
+    )
+    compressor = BaseCompressor.get_value_from_registry(FLOATS[name])
+    stored = compressor.compress(state, plan)
+    return {f"a.{k}": v for k, v in stored.items()}, compressor, plan
+
+
+@pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_four_bit_floats(name: str, dtype: torch.dtype) -> None:
     weight = normal(96, 512, dtype=dtype)
     weight[3] = 0
-    layout = scheme(name).layout_name  # type: ignore[attr-defined]
-    plan = preset_name_to_scheme(name.upper(), ["Linear"])
     partner = normal(32, 512, dtype=dtype) * 3
     # Codes for what is larger than 6 and for ties are part of it.
     weight[5, :8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
-    state = {"weight": weight}
-    if name == "nvfp4a16":
-        both = torch.cat([weight, partner])
-        state["weight_global_scale"] = generate_gparam(both.amin(), both.amax())
-    grouped = weight.view(96, -1, plan.weights.group_size)
-    state["weight_scale"], _ = calculate_qparams(
-        grouped.amin(dim=2), grouped.amax(dim=2), plan.weights, state.get("weight_global_scale")
-    )
-    compressor = BaseCompressor.get_value_from_registry(layout)
-    expected = {f"a.{k}": v for k, v in compressor.compress(state, plan).items()}
+    expected, compressor, plan = official_fp4(name, weight, partner)
     declared = scheme(name).layout(spec_of("a.weight", weight))
     stored = write_as(scheme(name), declared, weight, step=32, partners=(partner,))
     assert stored.keys() == expected.keys()
@@ -147,9 +155,9 @@ def test_other_scales_are_read(preset: str) -> None:
         assert dense[row, column] == codes[row, column].float() * scale
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "nvfp4a16", "mxfp4a16"])
+@pytest.mark.parametrize("name", [*PRESETS, *FLOATS])
 def test_config_is_that_of_the_library(name: str) -> None:
-    preset, layout = PRESETS.get(name) or (name.upper(), f"{name[:5]}-pack-quantized")
+    preset, layout = PRESETS.get(name) or (name.upper(), FLOATS[name])
     words = scheme(name).config(["lm_head"])["quantization_config"]
     plan = preset_name_to_scheme(preset, ["Linear"])
     plan.format = layout

@@ -14,12 +14,6 @@ from tests.reliability.nursery import Nursery
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with Nursery(tmp_path_factory.mktemp("nursery")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def merges(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Iterator[Merges]:
     """Inputs that no test changes, and what a merge of them must give."""
 

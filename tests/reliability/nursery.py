@@ -5,6 +5,7 @@ So a run takes hundredths of a second instead of seconds, and can be killed hund
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,11 @@ from typing import Any
 from tests.reliability.faults import Fault, install
 
 __all__ = ["Ended", "Nursery", "is_stopped"]
+
+MAIN = """
+from dora_convert.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,15 @@ class Nursery:
         limits: dict[str, int] | None = None,
         stopped: bool = False,
         killed_after: float | None = None,
+        environment: Mapping[str, str] | None = None,
+        code: str = MAIN,
     ) -> int:
         """Begin a run; its process id.
 
         `limits` are those of `resource`, without RLIMIT_; that of AS is for what is needed on top.
         One that is `stopped` waits for SIGCONT before it does anything; one that is `killed_after`
         so many seconds has itself killed, since by then its number may be another process's.
+        `environment` is all of its own, and `code` runs the program, with the `args`.
         """
         order = {
             "args": [str(arg) for arg in args],
@@ -68,6 +78,8 @@ class Nursery:
             "limits": limits or {},
             "stopped": stopped,
             "killed_after": killed_after,
+            "environment": None if environment is None else dict(environment),
+            "code": code,
             "out": str(self._folder / "stdout"),
             "err": str(self._folder / "stderr"),
         }
@@ -90,6 +102,19 @@ class Nursery:
         """Begin a run, and wait for its end."""
         self.start(*args, **others)
         return self.ended()
+
+    def killed_once(self, ready: Callable[[], object], *args: object, **others: Any) -> Ended:
+        """Begin a run, and kill it when it is `ready`. Raises ProcessLookupError if it ends."""
+        process = self.start(*args, **others)
+        try:
+            while not ready():
+                os.kill(process, 0)
+                time.sleep(0.005)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            ended = self.ended()
+        return ended
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -146,11 +171,12 @@ def _child(order: dict[str, Any]) -> int:
     if order["fault"]:
         order["fault"]["calls"] = tuple(order["fault"]["calls"])
         install(Fault(**order["fault"]))
-    from dora_convert.cli import main
-
+    if order["environment"] is not None:
+        os.environ.clear()
+        os.environ.update(order["environment"])
     sys.argv[1:] = order["args"]
     try:
-        main()
+        exec(order["code"], {})
     except SystemExit as ended:
         sys.stdout.flush()
         return int(ended.code or 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from dora_convert.errors import HubError, OutputError
 from dora_convert.storage import sparse
 from dora_convert.storage.opening import opened, pread_exactly
 from dora_convert.storage.sparse import complete, fill, forget, open_sparse, released, require
+from tests.storage.test_room import forked
 
 CONTENT = random.Random(0).randbytes(5000)
 
@@ -164,3 +166,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutputError, match="no space") as caught:
         require(file, 0, 100)
     assert "HF_HOME" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+@pytest.mark.parametrize(("pieces", "code"), [(1, 0), (8, 5)])
+def test_memory_for_threads_is_looked_for(tmp_path: Path, pieces: int, code: int) -> None:
+    """In a child with memory for a few of them; it is told before one is started."""
+    file = made(tmp_path, Source())
+    assert forked(lambda: fill((file, i * 500, i * 500 + 9) for i in range(pieces))) == code

@@ -28,7 +28,7 @@ __all__ = ["COMMAND"]
     "bench",
     epilog=examples(
         "dora-convert bench ./adapter --base ./model",
-        "dora-convert bench ./adapter --base ./model --device cuda --folder /fast/disk",
+        "dora-convert bench ./adapter --base ./model --device cuda --timeline merge.json",
     ),
 )
 @click.argument("adapter", type=PATH)
@@ -48,6 +48,12 @@ __all__ = ["COMMAND"]
     show_default=True,
     help="Make the files in this folder, on the disk to measure. They are deleted again.",
 )
+@click.option(
+    "--timeline",
+    type=PATH,
+    metavar="FILE",
+    help="Write what every thread and device did and when, for ui.perfetto.dev.",
+)
 @workers_option
 @device_options
 @json_option
@@ -57,6 +63,7 @@ def _bench(
     base: Path | None,
     sample: int,
     folder: Path,
+    timeline: Path | None,
     workers: int | None,
     device: str,
     max_memory: int | None,
@@ -71,7 +78,12 @@ def _bench(
     from dora_convert import api
 
     how = api.BenchOptions(
-        sample=sample, folder=folder, workers=workers, device=device, max_memory=max_memory
+        sample=sample,
+        folder=folder,
+        workers=workers,
+        device=device,
+        max_memory=max_memory,
+        timeline=timeline,
     )
     report = api.bench(adapter, base=base, options=reading_options(**reading), how=how)
     if as_json:
@@ -83,6 +95,11 @@ def _bench(
     ]
     for line in columns(("stage", "bytes", "took", "rate"), rows):
         click.echo(line)
+    if report.activities:
+        click.echo()
+        shares = [(a.stage, f"{a.seconds:.2f} s", f"{a.busy:.0%}") for a in report.activities]
+        for line in columns(("while merging", "took", "of the time"), shares):
+            click.echo(line)
     note(
         f"merging took {report.of_copy:.2f} times as long as copying, with {report.workers} "
         f"workers on {', '.join(report.devices)}; the limit is "
