@@ -14,9 +14,9 @@ from tests.quant.engine import WRITABLE
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
-# What allocators keep differs by some MiB from run to run. The sizes differ by 300 MiB: of a survey
-# of all weights, of a float32 copy, of what is lost to holes, a tenth would be seen.
-ROOM = 40 * MIB
+# What allocators keep differs from run to run, most where blocks are large. The models differ by
+# 300 MiB, of which a seventh would be seen; a copy of the largest tensor is 112 MiB, in its own type.
+DEEP, LARGE = 40 * MIB, 96 * MIB
 # A tile of `fp8` has 128 rows, of which neither thread can hold fewer: W, W' and what the survival
 # compares, in float32.
 WIDE, HEIGHT = 28 * 1024, {"fp8": 128}
@@ -85,5 +85,5 @@ def python(code: str, *arguments: object) -> str:
 def test_it_is_flat(scheme: str, models: list[Path]) -> None:
     _, small, deep, large = json.loads(python(MEASURE, scheme, *models))
     tiles = 2 * 6 * 4 * WIDE * HEIGHT.get(scheme, 1)
-    assert deep < small + ROOM, [n // MIB for n in (small, deep)]
-    assert large < small + ROOM + tiles, [n // MIB for n in (small, large)]
+    assert deep < small + DEEP, [n // MIB for n in (small, deep)]
+    assert large < small + LARGE + tiles, [n // MIB for n in (small, large)]
