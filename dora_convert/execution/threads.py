@@ -36,10 +36,7 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
             except BaseException as error:
                 errors.append(error)
 
-    threads = [
-        threading.Thread(target=loop, name=f"worker {i}", daemon=True)
-        for i in range(1, min(workers, len(work)) + 1)
-    ]
+    threads = [_Worker(loop, f"worker {i}") for i in range(1, min(workers, len(work)) + 1)]
     with _single_threaded_torch():
         try:
             require_room(len(threads))
@@ -55,10 +52,28 @@ def in_threads(work: Sequence[T], do: Callable[[T], None], workers: int) -> None
         raise errors[0]
 
 
-def _join(threads: Sequence[threading.Thread]) -> None:
+class _Worker(threading.Thread):
+    """A thread whose end can be waited for again.
+
+    CPython takes one for ended whose `join` was interrupted (before 3.13), and does not wait again.
+    """
+
+    def __init__(self, do: Callable[[], None], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._do = do
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._do()
+        finally:
+            self.ended.set()
+
+
+def _join(threads: Sequence[_Worker]) -> None:
     for thread in threads:
         if thread.ident is not None:  # it was started
-            thread.join()
+            thread.ended.wait()
 
 
 @contextmanager
