@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ from dora_convert.storage.sums import write_sums
 
 if TYPE_CHECKING:
     from dora_convert.core.protocols import Listener
+    from dora_convert.execution.lanes import Buffers
 
 __all__ = ["LoraOptions", "to_lora"]
 
@@ -69,7 +70,8 @@ class LoraOptions:
     `stack`: who is to load it, a key of `STACKS`. `form`: the file format, a name of `loras`; the
     stack's first if None. `compact`: a rank for each module, where the stack reads patterns;
     otherwise all are padded to one. `exact`: full decompositions. `limit`: the largest relative
-    residual, over all modules, that is not an error. `weight`: "norm" weights errors by the gain of
+    residual, over all modules, that is not an error. `device`, `max_memory`: where the iteration's
+    products are computed, as for a merge. `weight`: "norm" weights errors by the gain of
     the norm before a module, "plain" does not; by default "norm" where there is one, and "plain"
     with `fit`. `stats` is a file to weight them by instead. `fit`: a file of texts, on which the
     factors are then fitted to the whole model's outputs.
@@ -87,6 +89,8 @@ class LoraOptions:
     stats: Path | None = None
     fit: Path | None = None
     workers: int | None = None
+    device: str = "cpu"
+    max_memory: int | None = None
     overwrite: bool = False
 
     @property
@@ -291,6 +295,7 @@ def _write(
     # The scratch files, always of 32 bits, and what is made of them.
     room = sum(sum(layer.shape) for layer in layers) * most * (4 + how.dtype.bits // 8)
     inputs = inputs_of(proposal.plan)
+    lanes = _lanes(how, proposal)
     with Staging(output, nbytes=room, overwrite=how.overwrite) as staging:
         scratch = Scratch(staging.dir / "scratch", list(parts))
         spectra = project(
@@ -299,6 +304,7 @@ def _write(
             work.watched(scratch.keep),
             workers=worker_count(how.workers),
             search=Search(exact=how.exact, seed=how.seed, weights=weights),
+            lanes=lanes,
         )
         ranks = choose_ranks(spectra, choice, element_bytes=how.dtype.bits // 8)
         stored = _stored_ranks(layers, ranks, stack, compact=how.compact)
@@ -321,6 +327,14 @@ def _write(
         inputs.require_unchanged()
         staging.publish()
     return _Written(modules, top, sum(pair.nbytes for pair in file.pairs), fit, notes)
+
+
+def _lanes(how: LoraOptions, proposal: Proposal) -> Callable[[], Buffers]:
+    from dora_convert.execution import devices
+
+    workers = worker_count(how.workers)
+    chosen = devices.named_for_products(how.device, proposal.plan, workers=workers)
+    return devices.lanes(chosen, workers=workers, max_memory=how.max_memory)
 
 
 def _bounded(how: LoraOptions, stack: Stack, layers: Sequence[LoraLayer]) -> RankChoice:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,7 +19,7 @@ from dora_convert.execution.kernels import work_dtype
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers, Transport
 from dora_convert.execution.units import Unit, is_two_pass, units
 
-__all__ = ["CudaTransport", "DirectTransport", "lanes", "named", "pays"]
+__all__ = ["CudaTransport", "DirectTransport", "lanes", "named", "named_for_products", "pays"]
 
 # Large enough that starting a copy or a kernel costs nothing beside it.
 _DEVICE_BLOCK = 16 << 20
@@ -99,6 +100,35 @@ def named(text: str, plan: Plan, *, workers: int) -> Sequence[torch.device]:
     for device in devices:
         _check(device, plan)
     return devices
+
+
+def named_for_products(text: str, plan: Plan, *, workers: int) -> Sequence[torch.device]:
+    """As `named`, for work that multiplies the plan's weights again and again, as to-lora does.
+
+    Raises InputError for mps too, which has no float64.
+    """
+    if text == "auto":
+        found = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        return found if found and _products(found[0]) < _products(_HOST[0]) / workers else _HOST
+    devices = named(text, plan, workers=workers)
+    if any(device.type == "mps" for device in devices):
+        raise InputError(
+            "low-rank factors need float64, which mps does not have", hint="Leave --device out."
+        )
+    return devices
+
+
+def _products(device: torch.device) -> float:
+    """Seconds of the usual work of one thread: a weight widened, and multiplied from both sides."""
+    weight = torch.ones((2048, 2048), dtype=torch.bfloat16).to(device)
+    x = torch.ones((2048, 32)).to(device)
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        wide = weight.float()
+        (wide.T @ (wide @ x)).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 def lanes(

@@ -15,7 +15,7 @@ from tests.quant.engine import WRITABLE
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 # What allocators keep differs from run to run, most where blocks are large. The models differ by
-# 300 MiB, of which a seventh would be seen; a copy of the largest tensor is 112 MiB, in its own type.
+# 300 MiB, of which a seventh would be seen; a copy of the largest tensor is 112 MiB or more.
 DEEP, LARGE = 40 * MIB, 96 * MIB
 # A tile of `fp8` has 128 rows, of which neither thread can hold fewer: W, W' and what the survival
 # compares, in float32.

@@ -14,6 +14,7 @@ from dora_convert.cli.params import (
     PATH,
     as_dtype,
     base_option,
+    device_options,
     examples,
     json_option,
     nbytes,
@@ -148,6 +149,7 @@ class _Form(_Text):
     help="Of the random start.",
 )
 @workers_option
+@device_options
 @click.option("--per-module", is_flag=True, help="List every module.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @push_options
@@ -172,6 +174,8 @@ def _to_lora(
     dtype: DType,
     seed: int,
     workers: int | None,
+    device: str,
+    max_memory: int | None,
     *,
     compact: bool,
     exact: bool,
@@ -215,6 +219,8 @@ def _to_lora(
         stats=stats,
         fit=fit,
         workers=workers,
+        device=device,
+        max_memory=max_memory,
         overwrite=overwrite,
     )
     options = reading_options(**reading)
