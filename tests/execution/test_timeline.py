@@ -99,7 +99,8 @@ def test_of_a_device(tmp_path: Path, plan: Plan) -> None:
     busy = {activity.stage: activity for activity in timeline.activities()}
     both = busy[f"copies, either way, {device}"]
     assert both.seconds == pytest.approx(busy["copy up"].seconds + busy["copy back"].seconds)
-    assert 0 < both.busy <= busy["copy up"].busy + busy["copy back"].busy <= 2
+    apart = busy["copy up"].busy + busy["copy back"].busy
+    assert 0 < both.busy <= apart * (1 + 1e-9) <= 2  # equal, but for rounding, if none overlap
 
 
 def check_rows(found: list[Interval]) -> None:
