@@ -98,12 +98,14 @@ def prepare(case: Case) -> None:
     would be spared what one that first imports torch has to pay.
     """
     os.sync()
+    read = 0
     for folder in (case.base, case.adapter):
         for path in folder.iterdir():
             with path.open("rb", buffering=0) as file:
-                while file.read(16 * MIB):
-                    pass
-    time.sleep(SETTLE)
+                while part := len(file.read(16 * MIB)):
+                    read += part
+    if read > 16 * MIB:  # one that only tries the script has nothing to hand back
+        time.sleep(SETTLE)
 
 
 def say(text: str) -> None:
@@ -205,13 +207,13 @@ def machine(folder: Path) -> dict[str, Any]:
     }
 
 
-def check_space(folder: Path, home: Path, shape: llama.Shape) -> None:
-    """A base, if it is not there already, and one output; a twentieth for what goes with them."""
+def check_space(home: Path, shape: llama.Shape) -> None:
+    """A base, if `home` lacks it, and one output; a twentieth for what goes with them."""
     there = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
     needed = 2.05 * shape.nbytes() - there
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(home).free
     if free < needed:
-        sys.exit(f"{folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB more are needed")
+        sys.exit(f"{home} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB more are needed")
 
 
 def bench(
@@ -222,8 +224,8 @@ def bench(
     without_peft = () if options.skip_peft is None else options.skip_peft or shapes
     for layers, shape in shapes.items():
         home = folder / f"llama-{layers}-{shape.hidden}"
-        check_space(folder, home, shape)
         home.mkdir(exist_ok=True)
+        check_space(home, shape)
         try:
             say(f"data: {layers} layers, {shape.nbytes() / 1e9:.2f} GB")
             base, adapter = llama.make(home, shape)

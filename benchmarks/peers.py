@@ -24,8 +24,8 @@ from statistics import median
 from typing import Any
 
 import llama
-from measure import Measured, run
-from merge import CP, CP_SYNC, OURS, Case, Command, check_space, prepare, say, table
+from measure import Measured
+from merge import CP, CP_SYNC, OURS, Case, Command, check_space, once, say, table
 
 SCALING = llama.ALPHA / llama.RANK
 WEIGHT = ".weight"
@@ -115,12 +115,10 @@ def measure(case: Case, rounds: int) -> dict[str, list[Measured]]:
             continue
         commands[label] = [sys.executable, __file__, way, case.base, case.adapter, case.out]
     runs: dict[str, list[Measured]] = {name: [] for name in commands}
-    prepare(case)
-    run(commands[CP])  # not counted
+    once(case, commands[CP])  # not counted
     for number in range(1, rounds + 1):
         for name, command in commands.items():
-            prepare(case)
-            runs[name].append(run(command))
+            runs[name].append(once(case, command))
             say(f"round {number}: {name} {runs[name][-1].seconds:.2f} s")
     return runs
 
@@ -145,7 +143,7 @@ def main() -> None:
     with place as folder:
         home = Path(folder) / f"llama-{shape.layers}-{shape.hidden}"
         home.mkdir(parents=True, exist_ok=True)
-        check_space(home, [shape])
+        check_space(home, shape)
         base, adapter = llama.make(home, shape)
         runs = measure(Case(base, adapter, home / "outputs" / "merged"), options.rounds)
     seconds = {name: [found.seconds for found in each] for name, each in runs.items()}

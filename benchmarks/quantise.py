@@ -16,7 +16,7 @@ from pathlib import Path
 
 import llama
 import merge
-from measure import Measured, run
+from measure import Measured
 from peft_quantise import LIBRARY
 
 from dora_convert.core.protocols import Quantizer
@@ -56,12 +56,8 @@ def commands(case: merge.Case, schemes: list[str], *, library: bool) -> dict[str
 
 
 def measured(case: merge.Case, name: str, command: merge.Command, rounds: int) -> Row:
-    runs = []
-    for _ in range(rounds):
-        merge.prepare(case)
-        runs.append(run(command))
-    merge.prepare(case)
-    return Row(name, runs, run(command, sampled=True).own_peak)
+    runs = [merge.once(case, command) for _ in range(rounds)]
+    return Row(name, runs, merge.once(case, command, sampled=True).own_peak)
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ def main() -> None:
     )
     with place as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        check_space(Path(folder), [replace(llama.LLAMA_1B, layers=max(depths))])
+        check_space(Path(folder), replace(llama.LLAMA_1B, layers=max(depths)))
         print(bench(Path(folder), depths, ranks, arguments))
 
 

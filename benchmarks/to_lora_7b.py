@@ -85,7 +85,7 @@ def main() -> None:
     )
     with place as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        check_space(Path(folder), [replace(shape, layers=shape.layers // 2 + 1)])
+        check_space(Path(folder), replace(shape, layers=shape.layers // 2 + 1))
         about = machine(Path(folder))
         print("; ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
         print(bench(Path(folder), shape, options.rank))
