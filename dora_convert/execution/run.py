@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from dora_convert.core.plan import Merge, Plan, Quantise
+from dora_convert.core.plan import Merge, PatchRows, Plan, Quantise
 from dora_convert.core.protocols import Listener
 from dora_convert.core.reports import Survival
 from dora_convert.execution.decoding import open_reader
@@ -36,6 +39,9 @@ from dora_convert.storage.reader import Reader
 from dora_convert.storage.shards import ShardWriter
 
 __all__ = ["Record", "RunResult", "run"]
+
+# More would leave more unfinished files behind where a run is interrupted.
+_ABREAST = 2
 
 
 class Record(Protocol):
@@ -204,6 +210,37 @@ def _survey(this: _Run, work: Sequence[Unit], factors: Mapping[str, Tensor]) -> 
     return gather_statistics(work, surveys)
 
 
+def _abreast(work: Sequence[tuple[int, Unit]], files: int) -> list[tuple[int, Unit]]:
+    """The same units, so that so many files grow at a time, each from its front on.
+
+    A file is hashed by one thread, which is all that a fast disk would wait for.
+    """
+    by_shard: dict[int, deque[tuple[int, Unit]]] = {}
+    for item in work:
+        by_shard.setdefault(item[1].shard, deque()).append(item)
+    waiting = iter(by_shard.values())
+    growing = list(islice(waiting, files))
+    ordered = []
+    while growing:
+        for place, units_left in enumerate(growing):
+            ordered.append(units_left.popleft())
+            if not units_left:
+                growing[place] = next(waiting, units_left)
+        growing = [units_left for units_left in growing if units_left]
+    return ordered
+
+
+def _is_final(unit: Unit, device: torch.device) -> bool:
+    """Whether no byte is written again that would have to be another one then.
+
+    On a device a unit may be repeated, where codes have to be those of the scales beside them.
+    """
+    op = unit.job.op
+    return not isinstance(op, PatchRows | Quantise) or (
+        isinstance(op, Quantise) and device.type == "cpu"
+    )
+
+
 def _write(this: _Run, factors: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> float:
     """All units; returns the time at which the last byte was handed to the system."""
     work = _left(this)
@@ -215,7 +252,8 @@ def _write(this: _Run, factors: Mapping[str, Tensor], statistics: Mapping[str, T
     def write(item: tuple[int, Unit]) -> None:
         index, unit = item
         name = unit.job.output.name
-        with enough_memory(name), shards.writer(unit.shard).part() as part:
+        final = _is_final(unit, buffers.own.device)
+        with enough_memory(name), shards.writer(unit.shard).part(final=final) as part:
             found, sums = buffers.use(
                 lambda own: do_unit(
                     unit, Output(this.reader, own, factors, part), statistics, surveys
@@ -227,10 +265,11 @@ def _write(this: _Run, factors: Mapping[str, Tensor], statistics: Mapping[str, T
         this.listener.advanced(unit.nbytes)
         complete = shards.done(unit.shard)
         if complete is not None:
+            complete.flush()
             sealer.put(unit.shard, complete)
 
     try:
-        in_threads(work, write, this.workers)
+        in_threads(_abreast(work, min(this.workers, _ABREAST)), write, this.workers)
         for index, writer in shards.empty(skip=this.kept):
             sealer.put(index, writer)
         merged = time.perf_counter()

@@ -12,12 +12,13 @@ from typing import TypeAlias
 from dora_convert.core.plan import Plan
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.units import Unit
+from dora_convert.storage.chunks import Chunks
 from dora_convert.storage.room import require_room
 from dora_convert.storage.shards import ShardWriter
 
 __all__ = ["OpenShards", "Sealer", "ShardMaker"]
 
-ShardMaker: TypeAlias = Callable[[Path, Sequence[TensorSpec]], ShardWriter]
+ShardMaker: TypeAlias = Callable[[Path, Sequence[TensorSpec], Chunks], ShardWriter]
 
 
 class OpenShards:
@@ -29,6 +30,7 @@ class OpenShards:
         self._plan = plan
         self._folder = folder
         self._make = make
+        self._chunks = Chunks()
         self._waiting = Counter(unit.shard for unit in work)
         self._open: dict[int, ShardWriter] = {}
         self._lock = threading.Lock()
@@ -38,7 +40,7 @@ class OpenShards:
         with self._lock:
             if index not in self._open:
                 shard = self._plan.shards[index]
-                self._open[index] = self._make(self._folder / shard.file, shard.specs)
+                self._open[index] = self._make(self._folder / shard.file, shard.specs, self._chunks)
             return self._open[index]
 
     def done(self, index: int) -> ShardWriter | None:
@@ -51,7 +53,7 @@ class OpenShards:
         """Files without any byte of data, which no unit opens, but for those to `skip`."""
         for index, shard in enumerate(self._plan.shards):
             if index not in self._waiting and index not in skip:
-                yield index, self._make(self._folder / shard.file, shard.specs)
+                yield index, self._make(self._folder / shard.file, shard.specs, self._chunks)
 
     def close(self) -> None:
         """Close what is still open."""

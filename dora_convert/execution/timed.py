@@ -14,8 +14,10 @@ from torch import Tensor
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.lanes import Buffers, DeviceBuffers, Parcel, Transport
 from dora_convert.execution.timeline import COPY_BACK, COPY_UP, Row, Timeline
-from dora_convert.storage.digest import FollowingDigest
-from dora_convert.storage.shards import Part, ShardWriter
+from dora_convert.storage.channel import Channel
+from dora_convert.storage.chunks import Chunk, Chunks
+from dora_convert.storage.digest import FollowingDigest, Piece
+from dora_convert.storage.shards import ShardWriter
 
 __all__ = ["TimedBuffers", "TimedTransport", "timed_lanes", "timed_shards"]
 
@@ -27,9 +29,11 @@ def timed_lanes(make: Callable[[], Buffers], timeline: Timeline) -> Callable[[],
     return lambda: TimedBuffers(make(), timeline)
 
 
-def timed_shards(timeline: Timeline) -> Callable[[Path, Sequence[TensorSpec]], ShardWriter]:
+def timed_shards(
+    timeline: Timeline,
+) -> Callable[[Path, Sequence[TensorSpec], Chunks], ShardWriter]:
     """The same files, timed."""
-    return lambda file, specs: _TimedShard(file, specs, timeline)
+    return lambda file, specs, chunks: _TimedShard(file, specs, chunks, timeline)
 
 
 class TimedBuffers(Buffers):
@@ -205,18 +209,30 @@ def _stamps(device: torch.device) -> Callable[[], Callable[[], float]]:
     return stamp
 
 
-class _TimedPart(Part):
-    def __init__(self, part: Part, timeline: Timeline) -> None:
-        super().__init__(part.file, part.fd, part.starts)
+class _TimedChannel(Channel):
+    def __init__(self, file: Path, path: Path, nbytes: int, timeline: Timeline) -> None:
         self._timeline = timeline
+        super().__init__(file, path, nbytes)
 
-    def overwrite(self, name: str, offset: int, data: Tensor) -> None:
+    def put(self, data: memoryview, at: int) -> None:
         with self._timeline.during("write"):
-            super().overwrite(name, offset, data)
+            super().put(data, at)
 
-    def copy(self, name: str, offset: int, source: int, start: int, *, nbytes: int) -> None:
+    def put_chunk(self, chunk: Chunk) -> None:
+        with self._timeline.during("write"):
+            super().put_chunk(chunk)
+
+    def fill(self, chunk: Chunk, source: int, start: int, nbytes: int) -> None:
         with self._timeline.during("copy"):
-            super().copy(name, offset, source, start, nbytes=nbytes)
+            super().fill(chunk, source, start, nbytes)
+
+    def copy(self, source: int, start: int, at: int, nbytes: int) -> None:
+        with self._timeline.during("copy"):
+            super().copy(source, start, at, nbytes)
+
+    def to_disk(self) -> None:
+        with self._timeline.during("sync"):
+            super().to_disk()
 
 
 class _TimedDigest(FollowingDigest):
@@ -224,22 +240,20 @@ class _TimedDigest(FollowingDigest):
         self._timeline = timeline
         super().__init__(fd, nbytes)
 
-    def _catch_up(self, start: int, stop: int) -> int:
+    def _catch_up(self, start: int, piece: Piece) -> int:
         with self._timeline.during("hash"):
-            return super()._catch_up(start, stop)
+            return super()._catch_up(start, piece)
 
 
 class _TimedShard(ShardWriter):
-    def __init__(self, file: Path, specs: Sequence[TensorSpec], timeline: Timeline) -> None:
+    def __init__(
+        self, file: Path, specs: Sequence[TensorSpec], chunks: Chunks, timeline: Timeline
+    ) -> None:
         self._timeline = timeline
-        super().__init__(file, specs)
+        super().__init__(file, specs, chunks)
 
-    def _part(self) -> Part:
-        return _TimedPart(super()._part(), self._timeline)
+    def _opened(self) -> Channel:
+        return _TimedChannel(self.file, self._unsealed, self.nbytes, self._timeline)
 
     def _following(self) -> FollowingDigest:
-        return _TimedDigest(self._fd, self.nbytes, self._timeline)
-
-    def _to_disk(self) -> None:
-        with self._timeline.during("sync"):
-            super()._to_disk()
+        return _TimedDigest(self._channel.fd, self.nbytes, self._timeline)
