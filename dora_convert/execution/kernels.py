@@ -27,6 +27,7 @@ from dora_convert.maths.dora import (
 )
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.opening import opened
+from dora_convert.storage.oserrors import reading
 from dora_convert.storage.reader import Reader
 
 __all__ = [
@@ -319,7 +320,7 @@ def _copy(unit: Unit, source: TensorRef, out: Output) -> None:
     if isinstance(source.source, Slice) and not source.view:
         file, nbytes = source.source.file, unit.stop - unit.start
         start = source.source.start + unit.start
-        with opened(file) as (fd, _):
+        with opened(file) as (fd, _), reading(file):
             try:
                 out.writer.copy(name, unit.start, fd, start, nbytes=nbytes)
             except EOFError:

@@ -81,14 +81,13 @@ class Channel:
         return self._copies.next() == _BY_MEMORY
 
     def fill(self, chunk: Chunk, source: int, start: int, nbytes: int) -> None:
-        """Read what is to be copied. Raises EOFError where the source ends too early."""
+        """Read what is to be copied. Raises EOFError where the source ends too early, OSError."""
         begun, left = perf_counter(), nbytes
-        with writing(self.file):
-            while left:
-                count = os.preadv(source, [chunk.free(left)], start)
-                if count == 0:
-                    raise EOFError
-                chunk.stop, start, left = chunk.stop + count, start + count, left - count
+        while left:
+            count = os.preadv(source, [chunk.free(left)], start)
+            if count == 0:
+                raise EOFError
+            chunk.stop, start, left = chunk.stop + count, start + count, left - count
         seconds = perf_counter() - begun + self._roads.seconds(nbytes)
         self._copies.took(_BY_MEMORY, seconds, nbytes)
 

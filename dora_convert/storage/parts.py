@@ -42,7 +42,7 @@ class Part:
     def copy(self, name: str, offset: int, source: int, start: int, *, nbytes: int) -> None:
         """`nbytes` from `start` of the open file `source`, without passing through this process.
 
-        Raises EOFError where the source ends too early.
+        Raises EOFError where the source ends too early, OSError where it cannot be read.
         """
         at = self._starts[name] + offset
         self._channel.copy(source, start, at, nbytes)

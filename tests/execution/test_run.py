@@ -17,7 +17,10 @@ from dora_convert.errors import InputError, MismatchError, OutputError
 from dora_convert.execution import units
 from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.run import run
+from dora_convert.storage import channel, chunks
+from dora_convert.storage import parts as parts_of_files
 from dora_convert.storage.pickled import read_pickle_header
+from dora_convert.storage.roads import Roads
 
 from .conftest import KINDS, Recorder, Store, exact, module, operands, plan_of, random, written
 
@@ -231,10 +234,24 @@ def test_an_fsync_that_fails_is_no_success(
     assert listener.files == []
 
 
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large files are written."""
+    monkeypatch.setattr(channel, "_LARGE", 0)
+    monkeypatch.setattr(parts_of_files, "_COLLECTED", 1)
+    for module_of in (chunks, parts_of_files):
+        monkeypatch.setattr(module_of, "CHUNK_BYTES", 4096)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("workers", [1, 4])
-def test_hashes_are_those_of_sha256sum(tmp_path: Path, store: Store, workers: int) -> None:
+@pytest.mark.parametrize("way", ["plainly", "in_chunks"])
+def test_hashes_are_those_of_sha256sum(
+    tmp_path: Path, store: Store, workers: int, way: str, request: pytest.FixtureRequest
+) -> None:
     """Also of rows that are patched once they are copied, and of files without data."""
+    if way == "in_chunks":
+        request.getfixturevalue(way)
     weight, parts = random(300, 40), operands(300, 40, MagnitudeAxis.IN)
     base, refs = store(w=weight, e=torch.empty(0, 4)), store("adapter.safetensors", **parts)
     rows = tuple(range(250, 0, -9))
@@ -267,6 +284,24 @@ def test_a_base_that_shrinks_while_it_is_read(tmp_path: Path, store: Store, op: 
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="became shorter"):
         run(plan, tmp_path / "out", workers=2, listener=Recorder())
+
+
+@pytest.mark.usefixtures("in_chunks")
+def test_a_base_that_cannot_be_copied(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk failed, not that of the output."""
+    base = store(w=random(500, 40))
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(Roads, "next", lambda _: 1)
+    monkeypatch.setattr(os, "preadv", broken)
+    (tmp_path / "out").mkdir()
+    plan = plan_of({"w": (Copy(base["w"]), DType.F32, (500, 40))})
+    with pytest.raises(InputError, match=r"base\.safetensors cannot be read: the disk"):
+        run(plan, tmp_path / "out", workers=1, listener=Recorder())
 
 
 def test_bytes_pass_through_memory_where_the_kernel_cannot_copy(

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.cli.sandbox import Sandbox, digest
 from tests.reliability.faults import Fault
-from tests.reliability.nursery import Ended, Nursery
+from tests.reliability.nursery import MAIN, Ended, Nursery
 
 __all__ = ["Merges"]
 
@@ -21,6 +21,7 @@ class Merges:
 
     def __init__(self, box: Sandbox, nursery: Nursery) -> None:
         self.nursery = nursery
+        self.code = MAIN
         self.box = box
         self.root = box.root
         self.place = box.root / "place"
@@ -40,7 +41,8 @@ class Merges:
 
     def run(self, *options: object, **others: Any) -> Ended:
         """Merge, with a fault if there is one among the `others`."""
-        return self.nursery.run(*self.command("--workers", "1", *options), **others)
+        command = self.command("--workers", "1", *options)
+        return self.nursery.run(*command, code=self.code, **others)
 
     def fault(self, nth: int = 1, action: str = "kill", **others: Any) -> Fault:
         """One that hits what concerns the output."""

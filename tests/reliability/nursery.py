@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.reliability.faults import Fault, install
 
-__all__ = ["Ended", "Nursery", "is_stopped"]
+__all__ = ["MAIN", "Ended", "Nursery", "is_stopped"]
 
 MAIN = """
 from dora_convert.cli import main
