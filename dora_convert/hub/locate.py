@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dora_convert.errors import HubError
 from dora_convert.hub.client import is_offline, open_api, patiently, sentences, tree
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "local_path"]
 
-Choice = Callable[[Sequence[str]], list[str]]
+
+class Choice(Protocol):
+    """Which of a folder's files are needed; of one that is given by its name, which beside it."""
+
+    def __call__(self, names: Sequence[str], *, file: str | None = None) -> list[str]:
+        """Their names, from the folder on."""
+        ...
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,10 +70,10 @@ def _fetched(ref: Ref, choose: Choice, *, in_part: bool) -> Path:
 
 
 def _chosen(ref: Ref, names: Sequence[str], choose: Choice) -> list[str]:
-    if ref.folder in names:  # a file: itself, and the documents beside it
-        parent = PurePosixPath(ref.folder).parent
-        beside = [n for n in names if PurePosixPath(n).parent == parent and n.endswith(".json")]
-        return sorted({ref.folder, *beside})
+    if ref.folder in names:
+        file = PurePosixPath(ref.folder)
+        beside = [n.name for n in map(PurePosixPath, names) if n.parent == file.parent]
+        return [str(file.parent / name) for name in choose(beside, file=file.name)]
     prefix = f"{ref.folder}/" if ref.folder else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     chosen = [prefix + name for name in choose(inside)]

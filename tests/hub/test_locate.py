@@ -7,12 +7,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from tests.cli.sandbox import Result, Sandbox
 from tests.hub.conftest import CANARY, READER, contents, results, stocked
 from tests.hub.server import Fault, LoopbackHub
+from tests.quant.gguf_files import random_blocks, write_config, write_tensors
 
 Login = Callable[[str], None]
 
@@ -99,6 +104,50 @@ def test_what_was_fetched_is_not_asked_for_again(hub: LoopbackHub, box: Sandbox)
     merged(box, "me/dora", "--overwrite")
     assert contents(box.out) == first
     assert not hub.requests("/cdn/|/resolve/")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("folder", ["", "quantised/"])
+def test_a_gguf_file(hub: LoopbackHub, box: Sandbox, parts: int, folder: str) -> None:
+    """By its name, in the root or a folder: with its other parts and what goes along."""
+    here = box.root / "gguf"
+    here.mkdir()
+    write_config(here)
+    (here / "tokenizer.model").write_bytes(b"pieces")
+    norm, up = np.ones(64, np.float32), random_blocks(Kind.Q8_0, 96, 64)
+    tensors = {"blk.0.ffn_up.weight": (up, Kind.Q8_0), "output_norm.weight": (norm, Kind.F32)}
+    names = ["m.gguf"] if parts == 1 else ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    if parts == 1:
+        write_tensors(here / names[0], tensors, "llama")
+    for name, key in zip(names, tensors, strict=False) if parts == 2 else ():
+        write_tensors(here / name, {key: tensors[key]}, "llama")
+    base = here / names[0]
+    adapter = box.root / "dora"
+    adapter.mkdir()
+    key = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    made = {"A.weight": (2, 64), "B.weight": (96, 2), "magnitude_vector": (96,)}
+    save_file(
+        {key + n: torch.rand(s) for n, s in made.items()}, adapter / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "use_dora": True, "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": ["up_proj"]})
+    )
+    files = {**contents(here), "other.gguf": b"another model", "README.md": b"# GGUF"}
+    hub.create("some/gguf", {folder + name: data for name, data in files.items()})
+
+    merged(box, adapter, "--base", base)
+    expected = results(box.out)
+    assert {"tokenizer.model", "config.json"} <= set(expected)
+    shutil.rmtree(box.out)
+    ref = f"hf://some/gguf/{folder}"
+    assert box.run("inspect", adapter, "--base", ref + names[-1]).code == 0
+    merged(box, adapter, "--base", ref + names[0])
+    assert results(box.out) == expected
+    assert not hub.requests("other")
+    which = box.run("merge", adapter, "--base", ref.rstrip("/"), "-o", box.root / "no")
+    failed(which, f"{parts + 1} GGUF files may be the base", "hf://ORG/NAME/FILE.gguf", code=3)
+    assert not hub.requests("other")
 
 
 def test_revision_and_subfolder(hub: LoopbackHub, box: Sandbox) -> None:

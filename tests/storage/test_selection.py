@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dora_convert.errors import InputError
 from dora_convert.storage.selection import adapter_files, base_files
 
 TEXTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"]
@@ -34,6 +35,35 @@ BASES = {
 def test_bases(name: str) -> None:
     needed, others = BASES[name]
     assert base_files([*needed, *others, *TEXTS, *LEFT]) == sorted([*needed, *TEXTS])
+
+
+GGUFS = ["model-Q4_K.gguf", "model-Q8_0-00001-of-00002.gguf", "model-Q8_0-00002-of-00002.gguf"]
+
+
+def test_a_gguf_base() -> None:
+    """Where there is nothing else, and just one: each of them may be the size of a disk."""
+    assert base_files([GGUFS[0], *TEXTS, *LEFT]) == sorted([GGUFS[0], *TEXTS])
+    assert base_files([*GGUFS[1:], *TEXTS]) == sorted([*GGUFS[1:], *TEXTS])
+    assert base_files([*GGUFS, *TEXTS, "model.safetensors"]) == sorted(
+        ["model.safetensors", *TEXTS]
+    )
+    with pytest.raises(InputError, match="3 GGUF files may be the base model") as caught:
+        base_files([*GGUFS, *TEXTS])
+    assert caught.value.problems == tuple(GGUFS)
+    assert "hf://ORG/NAME/FILE.gguf" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("file", "also"), [(GGUFS[0], []), (GGUFS[1], GGUFS[2:]), (GGUFS[2], GGUFS[1:2])]
+)
+def test_a_gguf_file_comes_with_its_parts_and_documents(file: str, also: list[str]) -> None:
+    beside = [*GGUFS, *TEXTS, ".gitattributes", "README.md"]
+    assert base_files(beside, file=file) == sorted([file, *also, *TEXTS])
+
+
+def test_a_file_comes_with_its_documents() -> None:
+    beside = ["a.safetensors", "b.safetensors", "adapter_config.json", "README.md", "x.gguf"]
+    assert adapter_files(beside, file="a.safetensors") == ["a.safetensors", "adapter_config.json"]
 
 
 ADAPTERS = {
