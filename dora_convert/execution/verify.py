@@ -8,7 +8,8 @@ Only the plan is shared: what was to be done, not how.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from dora_convert.core.plan import (
 )
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Slice, TensorRef, TensorSpec
+from dora_convert.errors import InputError
 from dora_convert.execution.tally import Tally, compare
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.witness import (
@@ -43,6 +45,7 @@ from dora_convert.execution.witness import (
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.header import read_header
 from dora_convert.storage.opening import opened, pread_exactly
+from dora_convert.storage.pagecache import want
 
 __all__ = ["verify"]
 
@@ -67,6 +70,8 @@ def verify(
     merges = [job for job in plan.jobs if isinstance(job.op, Merge | Quantise)]
     chosen = {job.output.name for job in _some(merges, samples)}
     tallies: dict[str, Tally] = {}
+    others = [job for job in plan.jobs if not isinstance(job.op, Merge | Quantise)]
+    want(_sampled([*_some(merges, samples), *others], files, samples))
 
     def check(job: Job) -> None:
         own = tallies[job.output.name] = Tally()
@@ -147,6 +152,26 @@ def _spans(rows: int, columns: int, samples: int | None) -> list[list[int]]:
         return [sorted(picked)]
     step = max(1, _BLOCK // max(columns, 1))
     return [list(range(i, min(i + step, rows))) for i in range(0, rows, step)]
+
+
+def _sampled(
+    jobs: Sequence[Job], files: Mapping[str, Path], samples: int | None
+) -> Iterator[tuple[Path, int, int]]:
+    """Where the rows of dense tensors lie that will be looked at, where that is not all of them."""
+    headers: dict[Path, Mapping[str, TensorRef]] = {}
+    for job in jobs if samples is not None else ():
+        name, file = job.output.name, files.get(job.output.name)
+        if file is None or isinstance(job.op, Quantise):
+            continue
+        if file not in headers:
+            headers[file] = {}
+            with suppress(InputError):  # it is told of where it is read
+                headers[file] = read_header(file)
+        ref = headers[file].get(name)
+        if ref is not None and len(ref.spec.shape) > 1:
+            rows = _spans(ref.spec.shape[0], math.prod(ref.spec.shape[1:]), samples)
+            spans = (ref.row_span(i, i + 1) for block in rows for i in block)
+            yield from (span for span in spans if span is not None)
 
 
 def _compare_plain(job: Job, file: Path, samples: int | None, tally: Tally) -> None:

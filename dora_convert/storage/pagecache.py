@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-__all__ = ["drop", "is_larger_than_memory"]
+__all__ = ["drop", "is_larger_than_memory", "want"]
 
 
 def is_larger_than_memory(nbytes: int) -> bool:
@@ -20,12 +22,22 @@ def is_larger_than_memory(nbytes: int) -> bool:
 
 def drop(spans: Iterable[tuple[Path, int, int]]) -> None:
     """Let go of bytes `begin:end` of files that will not be wanted again soon; a hint, no more."""
+    _advise(spans, "POSIX_FADV_DONTNEED")
+
+
+def want(spans: Iterable[tuple[Path, int, int]]) -> None:
+    """Have bytes `begin:end` of files brought that will be read soon, and none around them."""
+    _advise(spans, "POSIX_FADV_WILLNEED")
+
+
+def _advise(spans: Iterable[tuple[Path, int, int]], what: str) -> None:
     if not hasattr(os, "posix_fadvise"):  # macOS
         return
-    for file, begin, end in spans:
+    for file, group in groupby(spans, itemgetter(0)):
         with suppress(OSError):
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+                for _, begin, end in group:
+                    os.posix_fadvise(fd, begin, end - begin, getattr(os, what))
             finally:
                 os.close(fd)

@@ -13,6 +13,7 @@ from dora_convert.core.adapter import MagnitudeAxis, TokenRows
 from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Plan
 from dora_convert.core.reports import Verification
 from dora_convert.core.tensors import DType, TensorSpec
+from dora_convert.execution import verify as module_of_verify
 from dora_convert.execution.run import run
 from dora_convert.execution.verify import verify
 from dora_convert.storage.header import layout, read_header
@@ -108,6 +109,25 @@ def test_a_merge_that_forgot_the_magnitude_is_found_by_a_sample(
     plan, right = case
     wrong = {**right, "w": (right["w"].double() * 1.01).bfloat16()}
     assert check(plan, wrong, tmp_path, samples=4).differences
+
+
+def test_a_sample_brings_its_rows_alone(
+    case: tuple[Plan, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, right = case
+    save_file(right, tmp_path / "m.safetensors")
+    told: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(module_of_verify, "want", told.extend)
+    files = dict.fromkeys(right, tmp_path / "m.safetensors")
+    assert not verify(plan, files, samples=None).differences
+    assert told == []
+    assert not verify(plan, files, samples=3).differences
+    held = (tmp_path / "m.safetensors").read_bytes()
+    first, last = right["w"][0], right["w"][-1]
+    rows = [held[begin:end] for _, begin, end in told]
+    assert [len(row) for row in rows] == [40] * 3 + [32] * 3  # of the matrices w and t
+    assert rows[0] == first.view(torch.uint8).numpy().tobytes()
+    assert rows[2] == last.view(torch.uint8).numpy().tobytes()
 
 
 def test_structure(case: tuple[Plan, dict[str, Tensor]], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_convert.storage.pagecache import drop, is_larger_than_memory
+from dora_convert.storage.pagecache import drop, is_larger_than_memory, want
 
 
 def test_only_what_would_push_everything_out() -> None:
@@ -28,6 +28,9 @@ def test_the_system_is_told_which_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     drop([(file, 100, 5000), (gone, 0, 1), (file, 6000, 6001)])
     dontneed = os.POSIX_FADV_DONTNEED
     assert told == [(str(file), 100, 4900, dontneed), (str(file), 6000, 1, dontneed)]
+    told.clear()
+    want([(file, 7000, 7010)])
+    assert told == [(str(file), 7000, 10, os.POSIX_FADV_WILLNEED)]
 
 
 def test_a_system_that_takes_no_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
