@@ -29,8 +29,11 @@ class Channel:
     What is written through the page cache costs a core the time to find pages and to fill them,
     and lies in memory for who reads it next. Past it (`O_DIRECT`) the disk takes it from where it
     is, and the core is free. So chunks go past it where the disk needs less time for them than a
-    core would, which is measured all along for every large file. No page is written both ways: the
-    ends of a chunk that share a page with others go through the cache.
+    core would, which is measured all along for every large file.
+
+    What is in the cache of bytes that went past it would be stale, so that the two must keep apart.
+    No page is written both ways: the ends of a chunk that share a page with others go through the
+    cache. And none is read ahead into it by who reads the file back.
     """
 
     def __init__(self, file: Path, path: Path, nbytes: int) -> None:
@@ -44,8 +47,10 @@ class Channel:
             self.fd = os.open(path, flags, 0o666)
             try:
                 os.ftruncate(self.fd, nbytes)
-                if nbytes >= _LARGE:
+                if nbytes >= _LARGE and os.fstatvfs(self.fd).f_frsize <= PAGE:
                     self._direct = _open_direct(path)
+                if self._direct >= 0:
+                    os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
             except BaseException:
                 self.close()
                 raise

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,31 @@ def test_all_but_the_ends_goes_past_the_cache(
     assert not direct_pages & cached_pages
     assert len(direct_pages) > 0.98 * len(EXPECTED) / 4096
     assert all(at % 4096 == n % 4096 == 0 for past, at, n in seen if past)
+
+
+@pytest.mark.usefixtures("direct")
+def test_nothing_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes into the cache before it is written past it, might be taken for it later."""
+    told: list[tuple[str, int, int, int]] = []
+
+    def advise(fd: int, start: int, length: int, advice: int) -> None:
+        told.append((Path(f"/proc/self/fd/{fd}").readlink().name, start, length, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with opened(tmp_path):
+        assert told == [("m.safetensors.tmp", 0, 0, os.POSIX_FADV_RANDOM)]
+
+
+@pytest.mark.usefixtures("direct")
+def test_blocks_larger_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at the ends of a chunk would be written both ways."""
+    monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_frsize=16384))
+    seen = watched(monkeypatch)
+    with opened(tmp_path) as writer:
+        for one in units():
+            unit(writer, *one)
+        sealed(writer)
+    assert not any(past for past, _, _ in seen)
 
 
 @pytest.mark.usefixtures("direct")
