@@ -1,8 +1,8 @@
 """Time `merge --quantize` for every scheme on a Llama-1B shape. See README.md here.
 
 * `python benchmarks/quantise.py`: `cp -r` of the base, a dense merge, and each scheme.
-* `--whole-model` adds, for bitsandbytes, what one does without this tool: PEFT merges in memory and
-  saves, transformers loads that in the scheme and saves again.
+* `--whole-model` adds what one does without this tool: PEFT merges in memory; for bitsandbytes it
+  saves, transformers loads that in the scheme and saves; compressed-tensors quantises it there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ def commands(case: merge.Case, schemes: list[str], *, library: bool) -> dict[str
         if library and scheme in LIBRARY:
             child = Path(__file__).with_name("peft_quantise.py")
             road: merge.Command = [sys.executable, child, scheme]
-            found[f"{scheme}, PEFT and transformers"] = [*road, case.base, case.adapter, case.out]
+            found[f"{scheme}, PEFT and {LIBRARY[scheme]}"] = [
+                *road,
+                case.base,
+                case.adapter,
+                case.out,
+            ]
     return found
 
 

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
     [
         "merge.py --tiny --rounds 1",
         "merge.py --tiny --rounds 1 --depth 1,2 --skip-peft 2",
-        "quantise.py --tiny --rounds 1 --schemes w8a8,nf4 --whole-model",
+        "quantise.py --tiny --rounds 1 --schemes w8a8,w4a16,nf4 --whole-model",
         "to_lora.py --tiny --rounds 1 --ranks 4 --depth 1,2",
         "to_lora_7b.py --tiny --layers 2",
         "peers.py --tiny --rounds 1 --layers 1",
