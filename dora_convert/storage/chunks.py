@@ -14,8 +14,8 @@ __all__ = ["CHUNK_BYTES", "PAGE", "Chunk", "Chunks"]
 PAGE = 4096
 CHUNK_BYTES = 1 << 20
 # A worker or two that are ahead of the others by a whole unit; and what hash and disk lag behind.
-_MOST = 64
-_RESERVED = 16
+_MOST = 32
+_RESERVED = 8
 
 
 class Chunk:
