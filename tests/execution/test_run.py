@@ -16,7 +16,9 @@ from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.errors import InputError, MismatchError, OutputError
 from dora_convert.execution import units
 from dora_convert.execution.lanes import Buffers
+from dora_convert.execution.run import _abreast as abreast
 from dora_convert.execution.run import run
+from dora_convert.execution.units import Unit
 from dora_convert.storage import channel, chunks
 from dora_convert.storage import parts as parts_of_files
 from dora_convert.storage.pickled import read_pickle_header
@@ -284,6 +286,15 @@ def test_a_base_that_shrinks_while_it_is_read(tmp_path: Path, store: Store, op: 
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="became shorter"):
         run(plan, tmp_path / "out", workers=2, listener=Recorder())
+
+
+def test_two_files_grow_at_a_time(store: Store) -> None:
+    """Each from its front on; the next begins where one is complete."""
+    job = plan_of({"w": (Copy(store(w=random(9, 1))["w"]), DType.F32, (9, 1))}).shards[0].jobs[0]
+    shards = (0, 0, 0, 1, 2, 2, 3, 3)
+    work = [(i, Unit(shard, job, i, i + 1)) for i, shard in enumerate(shards)]
+    assert [i for i, _ in abreast(work, 2)] == [0, 3, 1, 4, 2, 5, 6, 7]
+    assert abreast(work, 1) == work
 
 
 @pytest.mark.usefixtures("in_chunks")
