@@ -6,8 +6,9 @@ Third parties use entry points.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
-import pkgutil
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -57,8 +58,9 @@ class Registry(Generic[T]):
 
     @cached_property
     def _modules(self) -> frozenset[str]:
-        names = (m.name for m in pkgutil.iter_modules(self._folders))
-        return frozenset(name for name in names if not name.startswith("_"))
+        names = (name for folder in self._folders for name in _listed(folder))
+        plain = (name for name in names if name.endswith(".py") and not name.startswith("_"))
+        return frozenset(name.removesuffix(".py") for name in plain)
 
     @cached_property
     def _files(self) -> Mapping[str, Path]:
@@ -91,3 +93,13 @@ class Registry(Generic[T]):
         names = self.names()
         kind = self._attribute.lower()
         raise UnknownNameError(kind, name, names, difflib.get_close_matches(name, names))
+
+
+def _listed(folder: str) -> list[str]:
+    """Names in a folder. Not by pkgutil, which takes one that cannot be read for an empty one."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - names are all that is wanted
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
+        raise
