@@ -50,13 +50,8 @@ def commands(case: merge.Case, schemes: list[str], *, library: bool) -> dict[str
         found[scheme] = [*known[merge.OURS], "--quantize", scheme]
         if library and scheme in LIBRARY:
             child = Path(__file__).with_name("peft_quantise.py")
-            road: merge.Command = [sys.executable, child, scheme]
-            found[f"{scheme}, PEFT and {LIBRARY[scheme]}"] = [
-                *road,
-                case.base,
-                case.adapter,
-                case.out,
-            ]
+            road = [sys.executable, child, scheme, case.base, case.adapter, case.out]
+            found[f"{scheme}, PEFT and {LIBRARY[scheme]}"] = road
     return found
 
 

@@ -235,10 +235,9 @@ def _is_final(unit: Unit, device: torch.device) -> bool:
 
     On a device a unit may be repeated, where codes have to be those of the scales beside them.
     """
-    op = unit.job.op
-    return not isinstance(op, PatchRows | Quantise) or (
-        isinstance(op, Quantise) and device.type == "cpu"
-    )
+    if isinstance(unit.job.op, Quantise):
+        return device.type == "cpu"
+    return not isinstance(unit.job.op, PatchRows)
 
 
 def _write(this: _Run, factors: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> float:

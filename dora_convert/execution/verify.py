@@ -68,10 +68,11 @@ def verify(
     looks at everything. `tolerance` is in units of the last place of the output's type.
     """
     merges = [job for job in plan.jobs if isinstance(job.op, Merge | Quantise)]
-    chosen = {job.output.name for job in _some(merges, samples)}
+    some = _some(merges, samples)
+    chosen = {job.output.name for job in some}
     tallies: dict[str, Tally] = {}
     others = [job for job in plan.jobs if not isinstance(job.op, Merge | Quantise)]
-    want(_sampled([*_some(merges, samples), *others], files, samples))
+    want(_sampled([*some, *others], files, samples))
 
     def check(job: Job) -> None:
         own = tallies[job.output.name] = Tally()

@@ -133,14 +133,13 @@ class Channel:
 
     def _past_the_cache(self, data: memoryview, at: int) -> bool:
         """Whether the file system took it."""
-        done, begun = 0, perf_counter()
-        while done < len(data):
-            try:
-                done += os.pwrite(self._direct, data[done:], at + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                return False
+        begun = perf_counter()
+        try:
+            _pwrite(self._direct, data, at)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
         self._roads.took(_DIRECT, perf_counter() - begun, len(data))
         return True
 

@@ -7,9 +7,8 @@ import hashlib
 import os
 import random
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,13 +56,8 @@ def direct(tmp_path: Path) -> None:
         pytest.skip("this file system has no O_DIRECT")
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[ShardWriter]:
-    writer = ShardWriter(folder / "m.safetensors", SPECS)
-    try:
-        yield writer
-    finally:
-        writer.close()
+def opened(folder: Path) -> closing[ShardWriter]:
+    return closing(ShardWriter(folder / "m.safetensors", SPECS))
 
 
 def unit(writer: ShardWriter, name: str, start: int, stop: int) -> None:
@@ -83,6 +77,19 @@ def sealed(writer: ShardWriter) -> None:
     assert found == hashlib.sha256(EXPECTED).hexdigest()
 
 
+def written(folder: Path) -> None:
+    """All of it in order, by one thread."""
+    with opened(folder) as writer:
+        for one in units():
+            unit(writer, *one)
+        sealed(writer)
+
+
+def is_direct(fd: int) -> bool:
+    flags = Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+    return bool(int(flags, 8) & os.O_DIRECT)
+
+
 def take(monkeypatch: pytest.MonkeyPatch, road: int | None) -> None:
     if road is not None:
         monkeypatch.setattr(Roads, "next", lambda _: road)
@@ -94,8 +101,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     pwrite = os.pwrite
 
     def watch(fd: int, data: memoryview, at: int) -> int:
-        flags = int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0], 8)
-        seen.append((bool(flags & os.O_DIRECT), at, len(data)))
+        seen.append((is_direct(fd), at, len(data)))
         return pwrite(fd, data, at)
 
     monkeypatch.setattr(os, "pwrite", watch)
@@ -122,10 +128,7 @@ def test_all_but_the_ends_goes_past_the_cache(
 ) -> None:
     take(monkeypatch, DIRECT)
     seen = watched(monkeypatch)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     direct_pages = {
         page for past, at, n in seen if past for page in range(at // 4096, (at + n) // 4096)
     }
@@ -158,10 +161,7 @@ def test_blocks_larger_than_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Those at the ends of a chunk would be written both ways."""
     monkeypatch.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_frsize=16384))
     seen = watched(monkeypatch)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     assert not any(past for past, _, _ in seen)
 
 
@@ -177,10 +177,7 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return count
 
     monkeypatch.setattr(os, "preadv", watch)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     assert read == HEAD + 100  # the header, and what was too little to collect
 
 
@@ -191,22 +188,17 @@ def test_a_file_system_that_refuses_what_is_not_cached(
     take(monkeypatch, DIRECT)
     refused = 0
 
-    def refuse(self: channel.Channel, data: memoryview, at: int) -> int:
-        nonlocal refused
-        refused += 1
-        raise OSError(errno.EINVAL, "not aligned enough")
-
     pwrite = os.pwrite
 
     def only_cached(fd: int, data: memoryview, at: int) -> int:
-        flags = int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0], 8)
-        return refuse(writer._channel, data, at) if flags & os.O_DIRECT else pwrite(fd, data, at)
+        nonlocal refused
+        if is_direct(fd):
+            refused += 1
+            raise OSError(errno.EINVAL, "not aligned enough")
+        return pwrite(fd, data, at)
 
     monkeypatch.setattr(os, "pwrite", only_cached)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     assert refused
 
 
@@ -220,10 +212,7 @@ def test_a_file_system_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return open_(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     assert asked
 
 
@@ -365,10 +354,7 @@ def test_no_memory_for_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOMEM, "no memory")
 
     monkeypatch.setattr(chunks.Chunk, "__init__", none)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
 
 
 @pytest.mark.parametrize("road", [KERNEL, MEMORY, None])
@@ -405,8 +391,5 @@ def test_a_source_that_ends_early(
 def test_a_small_file_has_one_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "_LARGE", len(EXPECTED) + 1)
     seen = watched(monkeypatch)
-    with opened(tmp_path) as writer:
-        for one in units():
-            unit(writer, *one)
-        sealed(writer)
+    written(tmp_path)
     assert not any(past for past, _, _ in seen)

@@ -7,9 +7,8 @@ import os
 import random
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,13 +32,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "_CHUNK", 7000)
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[ShardWriter]:
-    writer = ShardWriter(folder / "m.safetensors", SPECS)
-    try:
-        yield writer
-    finally:
-        writer.close()
+def opened(folder: Path) -> closing[ShardWriter]:
+    return closing(ShardWriter(folder / "m.safetensors", SPECS))
 
 
 def put(writer: ShardWriter, name: str, data: Tensor, start: int = 0) -> None:
