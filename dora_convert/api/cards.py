@@ -80,7 +80,7 @@ def merge_figures(
     """What a merge found out, as text by name."""
     ops = [job.op for job in plan.jobs if isinstance(job.op, Merge | Quantise)]
     pieces = [piece for op in ops for piece in op.pieces]
-    factors = (p.module.delta.up for p in pieces if p.module.delta is not None)
+    factors = (p.module.delta.tensors[-1] for p in pieces if p.module.delta is not None)
     figures = {
         "base": _named([op.base for op in ops]),
         "adapter": _named(list(factors)),
@@ -124,7 +124,7 @@ def lora_figures(
 def adapter_name(adapter: Adapter) -> str:
     """`org/name@commit` of an adapter of the Hub, else nothing."""
     modules = adapter.modules.values()
-    return _named([m.delta.up if m.delta else m.magnitude for m in modules])
+    return _named([m.delta.tensors[-1] if m.delta else m.magnitude for m in modules])
 
 
 def _named(refs: Sequence[TensorRef | None]) -> str:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from dora_convert.core.deltas import Delta, LowRank
 from dora_convert.core.tensors import TensorRef
 
 __all__ = [
@@ -13,7 +14,6 @@ __all__ = [
     "BiasRule",
     "DoraModule",
     "LayerKind",
-    "LowRank",
     "MagnitudeAxis",
     "MagnitudeKind",
     "RowOrder",
@@ -81,26 +81,8 @@ class RowOrder(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """The update before scaling, `up @ down`."""
-
-    down: TensorRef  # [rank, in]
-    up: TensorRef  # [out, rank]
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension of the product."""
-        return self.down.spec.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the product, `[out, in]`."""
-        return self.up.spec.shape[0], self.down.spec.shape[1]
-
-
-@dataclass(frozen=True, slots=True)
 class DoraModule:
-    """One adapted weight: `m * V / ||V||` with `V = W + scaling * up @ down` (arXiv 2402.09353).
+    """One adapted weight: `m * V / ||V||` with `V = W + scaling * delta` (arXiv 2402.09353).
 
     `delta` is None where only the magnitude was trained; `magnitude` is None for a plain LoRA
     module, `W' = V`. `weight` is the trainer's own copy of W, where the file carries one.
@@ -109,7 +91,7 @@ class DoraModule:
     """
 
     path: str
-    delta: LowRank | None
+    delta: Delta | None
     magnitude: TensorRef | None  # [out] or [in], by `axis`
     axis: MagnitudeAxis
     scaling: float
@@ -122,10 +104,15 @@ class DoraModule:
 
     def transposed(self) -> DoraModule:
         """The same module for a weight that is stored `[in, out]`, as `weight` already is."""
-        delta = self.delta
-        if delta is not None:
-            delta = LowRank(down=delta.up.transposed(), up=delta.down.transposed())
+        factors = self.factors
+        delta = factors.transposed() if factors is not None else None
         return replace(self, delta=delta, axis=self.axis.flipped)
+
+    @property
+    def factors(self) -> LowRank | None:
+        """The update as `up @ down`, where it is known to be stored so."""
+        assert self.delta is None or isinstance(self.delta, LowRank), self.path
+        return self.delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from dora_convert.core.adapter import DoraModule, LayerKind, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import DoraModule, LayerKind, MagnitudeAxis
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.tensors import TensorRef
 
 __all__ = ["check_replaced", "common_axis", "convolution", "linear", "magnitude"]

@@ -14,6 +14,7 @@ from dora_convert.core.adapter import (
     MagnitudeKind,
     RowOrder,
 )
+from dora_convert.core.deltas import Hadamard, Kronecker, Tucker
 
 __all__ = ["Capacity", "losses"]
 
@@ -62,6 +63,8 @@ def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
 
 def _module(module: DoraModule, capacity: Capacity) -> Iterator[str]:
     path = module.path
+    if isinstance(module.delta, Tucker | Hadamard | Kronecker):
+        yield f"{path}: an update that is no product of two matrices ({_FORMS[type(module.delta)]})"
     if module.kind is not LayerKind.LINEAR and module.kind not in capacity.kinds:
         yield f"{path}: an adapted {module.kind.value}"
     if module.delta is None and not capacity.magnitude_only:
@@ -69,21 +72,27 @@ def _module(module: DoraModule, capacity: Capacity) -> Iterator[str]:
     if module.magnitude is None and not capacity.plain:
         yield f"{path}: factors without a magnitude"
     if module.magnitude is not None:
-        embedding = module.kind is LayerKind.EMBEDDING
-        if module.axis not in ({capacity.embedding_axis} if embedding else capacity.axes):
-            yield f"{path}: a magnitude per {module.axis.value}put"
-        if module.magnitude_is is not capacity.magnitudes:
-            wanted = "m / ||V||" if capacity.magnitudes is MagnitudeKind.FACTOR else "m"
-            yield f"{path}: a magnitude whose values are not {wanted}"
-        if module.bias_rule not in (capacity.bias, BiasRule.NONE):
-            yield (
-                f"{path}: a bias that is {_BIAS[module.bias_rule]}, where this layout's is "
-                f"{_BIAS[capacity.bias]}; give the base: without a bias there it does not matter"
-            )
+        yield from _magnitude(module, capacity)
     if {module.up_order, module.magnitude_order} != {RowOrder.SAME}:
         yield f"{path}: rows in another order than the base's: give the base, which settles it"
     if module.weight is not None and not capacity.weights:
         yield f"{path}: a copy of its base weight"
 
 
+def _magnitude(module: DoraModule, capacity: Capacity) -> Iterator[str]:
+    path = module.path
+    embedding = module.kind is LayerKind.EMBEDDING
+    if module.axis not in ({capacity.embedding_axis} if embedding else capacity.axes):
+        yield f"{path}: a magnitude per {module.axis.value}put"
+    if module.magnitude_is is not capacity.magnitudes:
+        wanted = "m / ||V||" if capacity.magnitudes is MagnitudeKind.FACTOR else "m"
+        yield f"{path}: a magnitude whose values are not {wanted}"
+    if module.bias_rule not in (capacity.bias, BiasRule.NONE):
+        yield (
+            f"{path}: a bias that is {_BIAS[module.bias_rule]}, where this layout's is "
+            f"{_BIAS[capacity.bias]}; give the base: without a bias there it does not matter"
+        )
+
+
+_FORMS = {Tucker: "Tucker", Hadamard: "LoHa", Kronecker: "LoKr"}
 _BIAS = {BiasRule.KEEP: "kept", BiasRule.SCALED: "scaled with the row"}

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dora_convert.core.adapter import Adapter, DoraModule, LayerKind, LowRank
+from dora_convert.core.adapter import Adapter, DoraModule, LayerKind
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.capacity import Capacity, losses
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.peft_config import CONFIG
 from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
@@ -63,7 +64,7 @@ def peft_bundle(adapter: Adapter) -> Bundle:
 
 
 def _parts(module: DoraModule) -> Iterator[tuple[str, TensorRef]]:
-    delta, vector = module.delta, module.magnitude
+    delta, vector = module.factors, module.magnitude
     assert delta is not None
     if module.kind is LayerKind.EMBEDDING:
         yield "lora_embedding_A", delta.up.transposed()

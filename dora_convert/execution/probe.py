@@ -48,8 +48,7 @@ def _bad_values(block: Tensor) -> int:
 def _tensors(adapter: Adapter) -> Iterable[TensorRef]:
     for module in adapter.modules.values():
         if module.delta is not None:
-            yield module.delta.down
-            yield module.delta.up
+            yield from module.delta.tensors
         if module.magnitude is not None:
             yield module.magnitude
     yield from adapter.replaced.values()

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from dora_convert.core.adapter import Adapter, BiasRule, DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, BiasRule, DoraModule, MagnitudeAxis
 from dora_convert.core.assembly import linear, magnitude
 from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.fields import Fields
 from dora_convert.core.heads import Heads, heads
 from dora_convert.core.protocols import AdapterFormat
@@ -243,10 +244,10 @@ def _parts(
     prefix: str, layer: str, whole: DoraModule, model: _Model
 ) -> Iterator[tuple[str, DoraModule]]:
     """The layers that transformers has for one of Megatron's; all share its `down`."""
-    assert whole.delta is not None
+    assert whole.factors is not None
     assert whole.magnitude is not None
-    down = whole.delta.down
-    ups = _cut(layer, whole.delta.up, model)
+    down = whole.factors.down
+    ups = _cut(layer, whole.factors.up, model)
     vectors = _cut(layer, whole.magnitude, model)
     for name, up in ups.items():
         path = prefix + name

@@ -16,10 +16,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from dora_convert.core.adapter import Adapter, DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis
 from dora_convert.core.assembly import check_replaced, common_axis, linear, magnitude
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.capacity import Capacity, losses
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.fields import Fields
 from dora_convert.core.peft_files import PEFT_PREFIX, alpha_of
 from dora_convert.core.protocols import AdapterFormat
@@ -120,9 +121,9 @@ class NvidiaFormat:
 
 
 def _stored(module: DoraModule) -> Iterator[tuple[str, TensorRef]]:
-    if module.delta is not None:
-        yield "lora_A.weight", module.delta.down
-        yield "lora_B.weight", module.delta.up
+    if module.factors is not None:
+        yield "lora_A.weight", module.factors.down
+        yield "lora_B.weight", module.factors.up
     assert module.magnitude is not None
     yield "weight_m_wdecomp.weight", module.magnitude.reshaped(module.magnitude.spec.numel, 1)
 

@@ -212,8 +212,8 @@ def _check(
 
 
 def _tensors(module: DoraModule) -> dict[str, TensorRef]:
-    assert module.delta is not None
-    found = {"down": module.delta.down, "up": module.delta.up}
+    assert module.factors is not None
+    found = {"down": module.factors.down, "up": module.factors.up}
     return found if module.magnitude is None else {**found, "magnitude": module.magnitude}
 
 

@@ -144,7 +144,7 @@ def _layer(module: DoraModule, parts: Sequence[tuple[TensorRef, Piece]]) -> Lora
     shape = (sum(part.stop - part.start for _, part in parts), base.spec.shape[1])
     kernel: tuple[int, ...] = ()
     if module.kind is LayerKind.CONVOLUTION and module.delta is not None:
-        kernel = module.delta.down.stored.shape[2:]
+        kernel = base.stored.shape[2:]
     return LoraLayer(module.path, module.kind, shape[::-1] if flipped else shape, kernel, flipped)
 
 

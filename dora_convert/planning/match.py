@@ -183,12 +183,13 @@ def _kernel(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The convolution kernels of adapter and base; the flattened sizes alone can agree by chance.
 
-    The adapter's is all of its stored `[rank, in, k...]` but the rank.
+    Where the adapter does not say, it is taken to be the base's. One of a single element is as good
+    as none: image models have such layers as convolutions and as linear ones.
     """
     assert module.delta is not None
-    down = module.delta.down.stored.shape
-    base = tensors[rows[0].tensor].spec.shape
-    return (down[2:], base[2:]) if len(down) > 2 or len(base) > 2 else ((), ())
+    base = tensors[rows[0].tensor].spec.shape[2:]
+    own = base if module.delta.kernel is None else module.delta.kernel
+    return ((), ()) if {*own, *base} <= {1} else (own, base)
 
 
 def _base_shape(rows: tuple[Rows, ...], tensors: Mapping[str, TensorRef]) -> list[int]:

@@ -155,7 +155,7 @@ def _ordered(
 
 
 def _turned(module: DoraModule, up: RowOrder, magnitude: RowOrder, dim: int) -> DoraModule:
-    delta, vector = module.delta, module.magnitude
+    delta, vector = module.factors, module.magnitude
     if delta is not None:
         delta = replace(delta, up=reordered(delta.up, up, dim))
     if vector is not None:

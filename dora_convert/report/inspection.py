@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dora_convert.core.adapter import Adapter, DoraModule
@@ -56,8 +56,8 @@ def _group(name: str, modules: Sequence[DoraModule], measure: _Measure) -> Group
         scalings=_distinct(m.scaling for m in modules if m.delta is not None),
         axes=_distinct(m.axis.value for m in modules if m.magnitude is not None),
         shapes=_distinct(m.delta.shape for m in modules if m.delta is not None),
-        dtypes=_distinct(ref.stored.dtype.label for m in modules for ref in _stored(m).values()),
-        nbytes=sum(ref.stored.nbytes for m in modules for ref in _stored(m).values()),
+        dtypes=_distinct(ref.stored.dtype.label for m in modules for ref in _stored(m)),
+        nbytes=sum(ref.stored.nbytes for m in modules for ref in _stored(m)),
         figures=measure([m.path for m in modules]),
     )
 
@@ -68,13 +68,9 @@ def _kind(module: DoraModule) -> str:
     return "LoRA" if module.magnitude is None else "DoRA"
 
 
-def _stored(module: DoraModule) -> Mapping[str, TensorRef]:
-    found: dict[str, TensorRef] = {}
-    if module.delta is not None:
-        found |= {"down": module.delta.down, "up": module.delta.up}
-    if module.magnitude is not None:
-        found["magnitude"] = module.magnitude
-    return found
+def _stored(module: DoraModule) -> Sequence[TensorRef]:
+    delta = module.delta.tensors if module.delta is not None else ()
+    return delta if module.magnitude is None else (*delta, module.magnitude)
 
 
 def _distinct(values: Iterable[T]) -> tuple[T, ...]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_convert.core.adapter import Adapter, DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, DoraModule, MagnitudeAxis
 from dora_convert.core.bundle import Bundle, Checkpoint
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec
 
 Shapes = Mapping[str, Sequence[int]]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_convert.core.adapter import DoraModule, LowRank, MagnitudeAxis
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.plan import Job, Op, Plan, Shard
 from dora_convert.core.tensors import DType, TensorRef, TensorSpec
 from dora_convert.storage.header import read_header

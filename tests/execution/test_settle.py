@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dora_convert.core.adapter import DoraModule, LowRank, MagnitudeAxis, RowOrder
+from dora_convert.core.adapter import DoraModule, MagnitudeAxis, RowOrder
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.evidence import Stretch, Subject
 from dora_convert.execution.settle import axis_moments, order_moments, samples
 from dora_convert.storage.header import read_header

@@ -8,12 +8,12 @@ from dora_convert.core.adapter import (
     Adapter,
     DoraModule,
     LayerKind,
-    LowRank,
     MagnitudeAxis,
     RowOrder,
 )
 from dora_convert.core.assembly import check_replaced, common_axis, linear, magnitude
 from dora_convert.core.bundle import Bundle
+from dora_convert.core.deltas import LowRank
 from dora_convert.core.spec.configs import Scaling, holds, open_fields, scaling
 from dora_convert.core.spec.names import MODULE
 from dora_convert.core.spec.placing import Module, is_any, place

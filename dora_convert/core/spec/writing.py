@@ -104,9 +104,9 @@ def _less_own_orders(spec: Spec, adapter: Adapter) -> Adapter:
 
 
 def _parts(layout: Layout, module: DoraModule) -> Iterator[tuple[Part, TensorRef]]:
-    if module.delta is not None:
-        yield layout.down, _turned(module.delta.down, layout.down, ("in", "rank"))
-        yield layout.up, _turned(module.delta.up, layout.up, ("rank", "out"))
+    if module.factors is not None:
+        yield layout.down, _turned(module.factors.down, layout.down, ("in", "rank"))
+        yield layout.up, _turned(module.factors.up, layout.up, ("rank", "out"))
     if module.magnitude is not None:
         count = module.magnitude.spec.numel
         shape = (
@@ -281,7 +281,7 @@ def _is_same(one: DoraModule, other: DoraModule) -> bool:
 def _identity(module: DoraModule) -> object:
     delta = module.delta
     return (
-        None if delta is None else (_content(delta.down), _content(delta.up)),
+        None if delta is None else tuple(map(_content, delta.tensors)),
         None if module.magnitude is None else (_content(module.magnitude), module.axis),
         None if module.weight is None else _content(module.weight),
         module.kind,
