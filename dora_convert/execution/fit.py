@@ -24,6 +24,7 @@ from dora_convert.execution.decoding import open_reader
 from dora_convert.execution.lanes import Buffers
 from dora_convert.execution.project import Part
 from dora_convert.execution.update import open_update
+from dora_convert.maths.deltas import LowRank
 
 __all__ = ["STEPS", "Addition", "Dora", "Encode", "Pairs", "check_texts", "doras", "fit"]
 
@@ -67,17 +68,23 @@ class Dora:
 
 
 def doras(modules: Mapping[str, Sequence[Part]], flipped: Container[str]) -> dict[str, Dora]:
-    """Each layer's c and D, float32. `flipped`: those whose weight is stored `[in, out]`."""
+    """Each layer's c and D, float32. `flipped`: those whose weight is stored `[in, out]`.
+
+    Raises InputError for what cannot be fitted.
+    """
     reader = open_reader()
     found = {}
     for path, parts in modules.items():
         with ExitStack() as stack:
             updates = [stack.enter_context(open_update(*part, reader, Buffers())) for part in parts]
-        by_row, down = updates[0].by_row, updates[0].down.float()
+        pairs = [update.delta for update in updates if isinstance(update.delta, LowRank)]
+        if len(pairs) < len(updates):
+            raise InputError(f"{path} is no product of two matrices: it cannot be fitted")
+        by_row, down = updates[0].by_row, pairs[0].down.float()
         if len(parts) > 1 and not by_row:
             raise InputError(f"{path} is stored in several tensors: it cannot be fitted")
         factor = torch.cat([update.factor.float() for update in updates])
-        up = torch.cat([update.up.float() for update in updates])
+        up = torch.cat([pair.up.float() for pair in pairs])
         if path in flipped:
             up, down = down.T, up.T
         found[path] = Dora(by_row != (path in flipped), factor, up, down)

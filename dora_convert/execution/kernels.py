@@ -15,12 +15,13 @@ from dora_convert.core.plan import Cast, Copy, Merge, PatchRows, Piece, Quantise
 from dora_convert.core.tensors import DType, Encoded, Slice, TensorRef
 from dora_convert.errors import InputError
 from dora_convert.execution.lanes import Buffers
+from dora_convert.execution.operands import Operands
 from dora_convert.execution.units import Unit
 from dora_convert.maths.dora import (
     RowFaults,
-    add_update,
     column_factors,
     overflows,
+    per_column,
     scale_by,
     scale_rows,
     square_sums,
@@ -33,7 +34,6 @@ from dora_convert.storage.reader import Reader
 __all__ = [
     "Block",
     "Input",
-    "Operands",
     "Output",
     "Target",
     "figure_dtype",
@@ -42,37 +42,6 @@ __all__ = [
     "sum_columns",
     "work_dtype",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Operands:
-    """A module's factors for some of its rows, in the working type; `up` holds the scaling."""
-
-    down: Tensor | None  # [rank, in]
-    up: Tensor | None  # [rows, rank]
-    magnitude: Tensor | None  # [rows] for axis OUT, [in] for IN
-
-    @staticmethod
-    def load(reader: Reader, piece: Piece, start: int, stop: int, dtype: torch.dtype) -> Operands:
-        """Factors of rows `start:stop` of the output, which lie inside the piece, on the CPU."""
-        module = piece.module
-        a, b = start - piece.start + piece.offset, stop - piece.start + piece.offset
-        down = up = magnitude = None
-        if module.delta is not None:
-            down = reader.load(module.delta.down).to(dtype).contiguous()
-            up = reader.load_rows(module.delta.up, a, b).to(dtype) * module.scaling
-        if module.magnitude is not None:
-            magnitude = reader.load(module.magnitude).to(dtype)
-            if module.axis is MagnitudeAxis.OUT:
-                magnitude = magnitude[a:b]
-        return Operands(down, up, magnitude)
-
-    def on(self, device: torch.device) -> Operands:
-        """The same factors there."""
-        if device.type == "cpu":
-            return self
-        moved = (None if t is None else t.to(device) for t in (self.down, self.up, self.magnitude))
-        return Operands(*moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +137,8 @@ def _directions(
     with reader.rows(base) as blocks:
         for start, stop in blocks.spans(unit.start, unit.stop, buffers.block_bytes):
             work = buffers.working(blocks.fetch(start, stop, buffers), dtype)
-            if operands.up is not None and operands.down is not None:
-                add_update(work, operands.up[start - unit.start : stop - unit.start], operands.down)
+            if operands.delta is not None:
+                operands.delta.add_to(work, start - unit.start)
             yield start, stop, work
 
 
@@ -236,13 +205,13 @@ def _spans(unit: Unit, pieces: tuple[Piece, ...], given: Input, dtype: torch.dty
 def _merge_part(work: Tensor, span: _Span, start: int, factors: Tensor | None) -> RowFaults:
     """Rows from `start` on, of W in place to those of W'; `factors` are those of columns."""
     operands = span.operands
-    rows = slice(start - span.start, start - span.start + work.shape[0])
-    if operands.up is not None and operands.down is not None:
-        add_update(work, operands.up[rows], operands.down)
+    first = start - span.start
+    if operands.delta is not None:
+        operands.delta.add_to(work, first)
     if factors is not None:
         work.mul_(factors)
     elif operands.magnitude is not None:
-        return _scale(work, span.module, operands.magnitude, rows)
+        return _scale(work, span.module, operands.magnitude, first)
     return RowFaults()
 
 
@@ -257,11 +226,14 @@ def _merge(unit: Unit, base: TensorRef, pieces: tuple[Piece, ...], out: Output) 
     return faults
 
 
-def _scale(work: Tensor, module: DoraModule, magnitude: Tensor, span: slice) -> RowFaults:
+def _scale(work: Tensor, module: DoraModule, magnitude: Tensor, first: int) -> RowFaults:
+    """Rows of V in place to those of W'; they are the span's from `first` on."""
+    if module.axis is MagnitudeAxis.IN:  # a factor, for norms of columns take a pass of their own
+        return scale_by(work, per_column(magnitude, work.shape[1]))
+    own = magnitude[first : first + work.shape[0]]
     if module.magnitude_is is MagnitudeKind.NORM:
-        return scale_rows(work, magnitude[span])
-    by_row = module.axis is MagnitudeAxis.OUT
-    return scale_by(work, magnitude[span].unsqueeze(1) if by_row else magnitude)
+        return scale_rows(work, own)
+    return scale_by(work, own.unsqueeze(1))
 
 
 def _scale_bias(

@@ -13,7 +13,8 @@ from dora_convert.core.plan import Merge, Piece, Plan
 from dora_convert.core.reports import Figures
 from dora_convert.core.tensors import DType, TensorRef
 from dora_convert.execution.decoding import open_reader
-from dora_convert.execution.kernels import Operands, figure_dtype
+from dora_convert.execution.kernels import figure_dtype
+from dora_convert.execution.operands import Operands
 from dora_convert.execution.threads import in_threads
 from dora_convert.maths.compare import (
     ModuleSums,
@@ -24,7 +25,7 @@ from dora_convert.maths.compare import (
     relative,
     vector_sums,
 )
-from dora_convert.maths.dora import add_update
+from dora_convert.maths.dora import channel_sums, per_column
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.reader import Reader
 
@@ -102,18 +103,20 @@ def _rows(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) 
 
 
 def _columns(base: TensorRef, piece: Piece, rounding: torch.dtype, reader: Reader) -> ModuleSums:
-    """Axis IN: a pass for the columns' norms, and one for what follows from them."""
+    """Axis IN: a pass for the norms of each channel's columns, and one for what follows."""
     operands = _operands(base, piece, reader)
     assert operands.magnitude is not None
-    squares = torch.zeros((3, base.spec.shape[1]), dtype=torch.float64)
+    columns = base.spec.shape[1]
+    squares = torch.zeros((3, columns), dtype=torch.float64)
     for _, weight, direction in _blocks(base, piece, operands, reader):
         squares += products(weight, direction)
+    squares = channel_sums(squares, len(operands.magnitude))
     w, n, dot = squares[0].sqrt(), squares[1].sqrt(), squares[2]
     magnitude = _as_norms(operands.magnitude.double(), n, piece.module)
     sums = vector_sums(w, n, dot, magnitude)
-    used = counted(w, n)
+    used = per_column(counted(w, n), columns)
     whole = bool(used.all())
-    factor = (magnitude / n)[used].to(operands.magnitude.dtype)
+    factor = per_column(magnitude / n, columns)[used].to(operands.magnitude.dtype)
     for _, weight, direction in _blocks(base, piece, operands, reader):
         # Indexing copies, which whole blocks are spared.
         pair = (weight, direction) if whole else (weight[:, used], direction[:, used])
@@ -132,11 +135,11 @@ def _blocks(
     buffer = torch.empty(max(_BLOCK, base.spec.row_bytes), dtype=torch.uint8)
     with reader.rows(base) as blocks:
         for first, last in blocks.spans(piece.start, piece.stop, _BLOCK):
-            start, stop = first - piece.start, last - piece.start
+            start = first - piece.start
             weight = blocks.read(first, last, buffer).to(figure_dtype(base.spec.dtype))
             direction = weight.clone()
-            if operands.up is not None and operands.down is not None:
-                add_update(direction, operands.up[start:stop], operands.down)
+            if operands.delta is not None:
+                operands.delta.add_to(direction, start)
             yield start, weight, direction
 
 

@@ -21,6 +21,7 @@ from dora_convert.execution.memory import trim
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.update import Update, open_update
 from dora_convert.maths.compare import relative
+from dora_convert.maths.deltas import LowRank, nothing
 from dora_convert.maths.dora import RowFaults
 from dora_convert.maths.krylov import krylov_factors, spans_everything
 from dora_convert.maths.lowrank import Factors, Flipped, Operator, exact_factors
@@ -316,11 +317,15 @@ def _columns(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
 
 
 def _inputs(updates: Sequence[Update], *, is_flipped: bool) -> Tensor:
-    """`[in, k]`, in the layer's sense: the inputs that the low-rank part of T sees."""
+    """`[in, k]`, in the layer's sense: the inputs that low-rank parts of T see; k may be 0."""
+    pairs = [
+        update.delta if isinstance(update.delta, LowRank) else nothing(*update.shape, update.dtype)
+        for update in updates
+    ]
     if is_flipped:
-        blocks: Tensor = torch.block_diag(*(u.up for u in updates))  # type: ignore[no-untyped-call]
+        blocks: Tensor = torch.block_diag(*(p.up for p in pairs))  # type: ignore[no-untyped-call]
         return blocks.cpu()
-    return torch.cat([update.down for update in updates]).T.cpu()
+    return torch.cat([pair.down for pair in pairs]).T.cpu()
 
 
 def _searched(

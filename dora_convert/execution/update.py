@@ -1,13 +1,13 @@
 """The effective update of one module, `T = W' - W`, as an operator over streamed row blocks.
 
-With `D = scaling * up @ down` and `c = m / ||V||`, T is `diag(c) D + diag(c - 1) W` for axis OUT,
+With `D = scaling * delta` and `c = m / ||V||`, T is `diag(c) D + diag(c - 1) W` for axis OUT,
 `D diag(c) + W diag(c - 1)` for axis IN. It has full rank in general and is never formed: a product
-needs W, read block by block, the factors, and c.
+needs W, read block by block, D as an operator, and c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
-from dora_convert.execution.kernels import Operands, figure_dtype
+from dora_convert.execution.kernels import figure_dtype
 from dora_convert.execution.lanes import Buffers
-from dora_convert.maths.dora import RowFaults, column_factors
+from dora_convert.execution.operands import Operands
+from dora_convert.maths.deltas import Delta, LowRank, nothing
+from dora_convert.maths.dora import RowFaults, column_factors, per_column
 from dora_convert.storage.reader import Reader, RowBlocks
 
 __all__ = ["Update", "open_update"]
@@ -30,11 +32,11 @@ _CANCELLED = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    """Over each vector that the magnitude has an element for, with V = W + D; float64."""
+    """Over each row for axis OUT, each column for IN, with V = W + D; float64."""
 
     direction: Tensor  # v²
     crossed: Tensor  # v d
-    low_rank: Tensor  # d²
+    update: Tensor  # d²
 
 
 @dataclass(slots=True)
@@ -44,8 +46,7 @@ class Update:
     base: TensorRef
     piece: Piece
     # On the device that `buffers` lead to; sums and squares are on the host.
-    up: Tensor  # [out, rank], of rank 0 where the module has none
-    down: Tensor  # [rank, in]
+    delta: Delta  # of rank 0 where the module has none
     magnitude: Tensor | None
     buffers: Buffers
     slot: int
@@ -118,8 +119,7 @@ class Update:
     def directions(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Blocks of V and of D."""
         for start, stop, work in self.rows():
-            update, _ = self.buffers.matrix("update", stop - start, work.shape[1], self.dtype)
-            torch.matmul(self.up[start:stop], self.down, out=update)
+            update = self._update(start, stop)
             yield start, stop, work.add_(update), update
 
     def rows(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -132,6 +132,22 @@ class Update:
         rows, columns = block.shape
         scratch, _ = self.buffers.matrix("squares", rows, columns, self.dtype)
         return torch.square(block, out=scratch)
+
+    def updates(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of D alone, numbered as those of W."""
+        for start, stop in self.blocks.spans(0, self.shape[0], self.buffers.block_bytes):
+            yield start, stop, self._update(start, stop)
+
+    def _update(self, start: int, stop: int) -> Tensor:
+        block, _ = self.buffers.matrix("update", stop - start, self.shape[1], self.dtype)
+        self.delta.fill(block, start)
+        return block
+
+    def _changes(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of T."""
+        for start, stop, direction, update in self.directions():
+            excess = self.excess[start:stop].unsqueeze(1) if self.by_row else self.excess
+            yield start, stop, direction.mul_(excess).add_(update)
 
     def _here(self, vectors: Tensor) -> Tensor:
         return vectors.to(self.buffers.device, self.dtype)
@@ -154,10 +170,10 @@ class Update:
         return iter(()) if self.magnitude is None else self.rows()
 
     def _begun(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows of W are multiplied with, and the low-rank part of `T @ x`."""
+        """What rows of W are multiplied with, and D's part of `T @ x`."""
         factor, excess = self.factor.unsqueeze(1), self.excess.unsqueeze(1)
         inner = x if self.by_row else excess * x
-        image = self.up @ (self.down @ (x if self.by_row else factor * x))
+        image = self.delta.times(x if self.by_row else factor * x)
         return inner, image.mul_(factor) if self.by_row else image
 
     def _add(self, image: Tensor, inner: Tensor, start: int, stop: int, weight: Tensor) -> None:
@@ -180,31 +196,23 @@ class Update:
         factor = self.factor.unsqueeze(1)
         if not self.by_row:
             result = result * self.excess.unsqueeze(1)
-        update = self.down.T @ (self.up.T @ (factor * y if self.by_row else y))
+        update = self.delta.transposed_times(factor * y if self.by_row else y)
         return result + (update if self.by_row else factor * update)
 
     def _squares(self) -> Tensor:
         """Squared norms of T's rows where the magnitude is theirs, else of its columns."""
         if self.magnitude is None:
-            return _low_rank_squares(self.up, self.down, by_row=self.by_row)
+            return _update_squares(self, by_row=self.by_row)
         sums, excess = self.sums(), self.excess.cpu().double()
         # T = c V - W = (c - 1) V + D, without the cancellation of the first form.
-        squares = excess.square() * sums.direction + 2 * excess * sums.crossed + sums.low_rank
+        squares = excess.square() * sums.direction + 2 * excess * sums.crossed + sums.update
         return squares.clamp_min(0)
 
     def _other_squares(self) -> Tensor:
         """The same of the others, from one more reading of W."""
         if self.magnitude is None:
-            return _low_rank_squares(self.up, self.down, by_row=not self.by_row)
-        total = self.zeros(self.shape[int(self.by_row)])
-        for start, stop, direction, low_rank in self.directions():
-            span = slice(start, stop) if self.by_row else slice(None)
-            block = direction.mul_(self.excess[span].unsqueeze(int(self.by_row))).add_(low_rank)
-            if self.by_row:
-                total += self.squares(block).sum(dim=0)
-            else:
-                total[start:stop] = self.squares(block).sum(dim=1)
-        return total.cpu()
+            return _update_squares(self, by_row=not self.by_row)
+        return _block_squares(self, self._changes(), by_row=not self.by_row)
 
     def zeros(self, *shape: int) -> Tensor:
         """For sums, float64."""
@@ -224,17 +232,12 @@ def open_update(
     by_row = piece.module.axis is MagnitudeAxis.OUT
     shape = (piece.stop - piece.start, base.spec.shape[1])
     ones = torch.ones(shape[0 if by_row else 1], dtype=dtype, device=buffers.device)
-    none = ones.new_zeros(0)
-    up, down = (
-        none.view(size) if factor is None else factor.to(buffers.device)
-        for factor, size in ((operands.up, (shape[0], 0)), (operands.down, (0, shape[1])))
-    )
+    delta = nothing(*shape, dtype) if operands.delta is None else operands.delta
     with reader.rows(base) as blocks:
         update = Update(
             base,
             piece,
-            up,
-            down,
+            delta.to(buffers.device),
             operands.magnitude,
             buffers,
             slot,
@@ -252,7 +255,7 @@ def open_update(
 
 def _set_factors(update: Update, magnitude: Tensor) -> None:
     if update.piece.module.magnitude_is is MagnitudeKind.FACTOR:
-        factor = magnitude.double()
+        factor = per_column(magnitude.double(), len(update.factor))
     else:
         factor, update.faults = column_factors(magnitude, update.sums().direction)
     update.factor = factor.to(update.factor)
@@ -261,38 +264,40 @@ def _set_factors(update: Update, magnitude: Tensor) -> None:
 
 def _measured(update: Update) -> _Sums:
     """V is not formed: ||w + d||² is `w² + 2 w d + d²`, and `w d` a product with the factors."""
-    weight, crossed = _of_rows(update) if update.by_row else _of_columns(update)
-    low_rank = _low_rank_squares(update.up, update.down, by_row=update.by_row)
+    if not isinstance(update.delta, LowRank):
+        return _directly(update)
+    weight, crossed = (_of_rows if update.by_row else _of_columns)(update, update.delta)
+    low_rank = _update_squares(update, by_row=update.by_row)
     direction = weight + 2 * crossed + low_rank
     if bool((direction < _CANCELLED * (weight + low_rank)).any()):
         return _directly(update)
     return _Sums(direction, crossed + low_rank, low_rank)
 
 
-def _of_rows(update: Update) -> tuple[Tensor, Tensor]:
+def _of_rows(update: Update, delta: LowRank) -> tuple[Tensor, Tensor]:
     """`w²` and `w d` of every row."""
     squares, crossed = update.zeros(2, update.shape[0])
     for start, stop, weight in update.rows():
         squares[start:stop] = update.squares(weight).sum(dim=1)
-        crossed[start:stop] = ((weight @ update.down.T).double() * update.up[start:stop]).sum(dim=1)
+        crossed[start:stop] = ((weight @ delta.down.T).double() * delta.up[start:stop]).sum(dim=1)
     return squares.cpu(), crossed.cpu()
 
 
-def _of_columns(update: Update) -> tuple[Tensor, Tensor]:
+def _of_columns(update: Update, delta: LowRank) -> tuple[Tensor, Tensor]:
     """The same of every column."""
     squares = update.zeros(update.shape[1])
-    product = torch.zeros_like(update.down)
+    product = torch.zeros_like(delta.down)
     for start, stop, weight in update.rows():
         squares += update.squares(weight).sum(dim=0)
-        product.addmm_(update.up[start:stop].T, weight)
-    return squares.cpu(), (product.double() * update.down).sum(dim=0).cpu()
+        product.addmm_(delta.up[start:stop].T, weight)
+    return squares.cpu(), (product.double() * delta.down).sum(dim=0).cpu()
 
 
 def _directly(update: Update) -> _Sums:
-    """By the definitions, where W and D cancel each other."""
+    """By the definitions: where W and D cancel each other, or D is no product."""
     sums = update.zeros(3, update.shape[0 if update.by_row else 1])
-    for start, stop, direction, low_rank in update.directions():
-        v, d = direction.double(), low_rank.double()
+    for start, stop, direction, block in update.directions():
+        v, d = direction.double(), block.double()
         parts = torch.stack(
             [(a * b).sum(dim=int(update.by_row)) for a, b in ((v, v), (v, d), (d, d))]
         )
@@ -300,9 +305,22 @@ def _directly(update: Update) -> _Sums:
     return _Sums(*sums.cpu())
 
 
-def _low_rank_squares(up: Tensor, down: Tensor, *, by_row: bool) -> Tensor:
-    """Squared norms of the rows of `up @ down`, or of its columns, from the small Gram matrices."""
-    up, down = up.double(), down.double()
-    if by_row:
-        return ((up @ (down @ down.T)) * up).sum(dim=1).clamp_min(0).cpu()
-    return (((up.T @ up) @ down) * down).sum(dim=0).clamp_min(0).cpu()
+def _update_squares(update: Update, *, by_row: bool) -> Tensor:
+    """Squared norms of D's rows, or of its columns."""
+    if isinstance(update.delta, LowRank):
+        delta = update.delta
+        return (delta.row_squares() if by_row else delta.column_squares()).cpu()
+    return _block_squares(update, update.updates(), by_row=by_row)
+
+
+def _block_squares(
+    update: Update, blocks: Iterable[tuple[int, int, Tensor]], *, by_row: bool
+) -> Tensor:
+    """Squared norms of the rows, or the columns, of a matrix that comes in blocks."""
+    total = update.zeros(update.shape[0 if by_row else 1])
+    for start, stop, block in blocks:
+        if by_row:
+            total[start:stop] = update.squares(block).sum(dim=1)
+        else:
+            total += update.squares(block).sum(dim=0)
+    return total.cpu()

@@ -17,14 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dora_convert import quant
-from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
+from dora_convert.core.adapter import MagnitudeAxis
 from dora_convert.core.plan import (
     Cast,
     Copy,
     Job,
     Merge,
     PatchRows,
-    Piece,
     Plan,
     Quantise,
     ScaleBias,
@@ -32,6 +31,12 @@ from dora_convert.core.plan import (
 from dora_convert.core.reports import Rounding, Verification
 from dora_convert.core.tensors import Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
+from dora_convert.execution.formula import (
+    blocks,
+    expected_factors,
+    expected_rows,
+    norms_of_columns,
+)
 from dora_convert.execution.tally import Tally, compare
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.witness import (
@@ -40,7 +45,6 @@ from dora_convert.execution.witness import (
     source_rows,
     stored_rows,
     whole,
-    whole_rows,
 )
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.header import read_header
@@ -49,7 +53,7 @@ from dora_convert.storage.pagecache import want
 
 __all__ = ["verify"]
 
-_BLOCK = 1 << 20  # elements of one block, whatever the tensor
+_BLOCK = 1 << 20  # bytes that are compared at once
 _HEIGHT = 16  # rows of one block of a quantised tensor, where its tiles are no taller
 _FEW = 1 << 17  # and elements of what is computed of it in float64 at once
 
@@ -151,8 +155,7 @@ def _spans(rows: int, columns: int, samples: int | None) -> list[list[int]]:
     if samples is not None and rows > samples:
         picked = {round(i * (rows - 1) / max(samples - 1, 1)) for i in range(samples)}
         return [sorted(picked)]
-    step = max(1, _BLOCK // max(columns, 1))
-    return [list(range(i, min(i + step, rows))) for i in range(0, rows, step)]
+    return [list(block) for block in blocks(rows, columns)]
 
 
 def _sampled(
@@ -251,10 +254,10 @@ def _compare_merge(
     job: Job, op: Merge, file: Path, samples: int | None, tolerance: float, tally: Tally
 ) -> None:
     name, (count, columns) = job.output.name, op.base.spec.shape
-    norms = _norms_of_columns(op)
+    norms = norms_of_columns(op)
     wrong = 0
     for rows in _spans(count, columns, samples):
-        base, exact = _expected_merge(op, rows, norms)
+        base, exact = expected_rows(op, rows, norms)
         got = rows_of(file, name, rows)
         wrong += compare(got, exact, base, tolerance, tally)
         tally.rows += len(rows)
@@ -263,35 +266,12 @@ def _compare_merge(
         tally.differences.append(f"{name}: {wrong} values are not the recomputed ones")
 
 
-def _norms_of_columns(op: Merge | Quantise) -> dict[int, Tensor]:
-    """For the pieces that need them, by identity."""
-    return {
-        id(piece): _column_norms(op.base, piece.module)
-        for piece in op.pieces
-        if _needs_columns(piece)
-    }
-
-
-def _expected_merge(
-    op: Merge | Quantise, rows: Sequence[int], norms: Mapping[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """W and W' of some rows, in float64."""
-    base = source_rows(op.base, rows).double()
-    exact = base.clone()
-    for piece in op.pieces:
-        inside = [i for i, row in enumerate(rows) if piece.start <= row < piece.stop]
-        if inside:
-            module_rows = [rows[i] - piece.start + piece.offset for i in inside]
-            exact[inside] = _exact(base[inside], piece.module, module_rows, norms.get(id(piece)))
-    return base, exact
-
-
 def _compare_quantised(
     op: Quantise, files: Mapping[str, Path], samples: int | None, tally: Tally
 ) -> None:
     """What the file decodes to is as near to W' as the scheme brings those rows on their own."""
     scheme, weight = quant.writable(op.scheme), op.weight
-    norms = _norms_of_columns(op)
+    norms = norms_of_columns(op)
     few = min(_HEIGHT, max(1, _FEW // weight.columns))
     height = max(scheme.row_multiple(weight), few)
     starts = range(0, weight.rows, height)
@@ -305,7 +285,7 @@ def _compare_quantised(
         # In float64 a few at a time: of a tall block that takes much memory.
         exact = torch.cat(
             [
-                _expected_merge(op, rows[i : i + few], norms)[1].float()
+                expected_rows(op, rows[i : i + few], norms)[1].float()
                 for i in range(0, len(rows), few)
             ]
         )
@@ -322,73 +302,16 @@ def _compare_quantised(
         )
 
 
-def _exact(base: Tensor, module: DoraModule, rows: Sequence[int], norms: Tensor | None) -> Tensor:
-    """The paper's formula on some rows, in float64."""
-    direction = _direction(base, module, rows)
-    if module.magnitude is None:
-        return direction
-    magnitude = whole(module.magnitude)
-    if module.magnitude_is is MagnitudeKind.FACTOR:
-        by_row = module.axis is MagnitudeAxis.OUT
-        return direction * (magnitude[list(rows)].unsqueeze(1) if by_row else magnitude)
-    if norms is not None:
-        return torch.where(norms > 0, magnitude * direction / norms, torch.zeros_like(direction))
-    length = direction.square().sum(dim=1, keepdim=True).sqrt()
-    scaled = magnitude[list(rows)].unsqueeze(1) * direction / length
-    return torch.where(length > 0, scaled, torch.zeros_like(direction))
-
-
-def _direction(base: Tensor, module: DoraModule, rows: Sequence[int]) -> Tensor:
-    """V of a module's `rows`, of which `base` is W, in float64."""
-    if module.delta is None:
-        return base
-    up, down = whole_rows(module.delta.up, rows), whole(module.delta.down)
-    return base + module.scaling * (up @ down)
-
-
-def _needs_columns(piece: Piece) -> bool:
-    module = piece.module
-    return (
-        module.axis is MagnitudeAxis.IN
-        and module.magnitude is not None
-        and module.magnitude_is is MagnitudeKind.NORM
-    )
-
-
 def _compare_bias(job: Job, op: ScaleBias, file: Path, tolerance: float, tally: Tally) -> None:
     """All of a scaled bias: it is short, though its norms take a pass over the weight."""
     name = job.output.name
     exact = whole(op.source)
     for piece in op.pieces:
-        module = piece.module
-        assert module.magnitude is not None
-        magnitude, by_row = whole(module.magnitude), module.axis is MagnitudeAxis.OUT
+        by_row = piece.module.axis is MagnitudeAxis.OUT
         span = slice(piece.start, piece.stop) if by_row else slice(None)
-        if by_row:
-            magnitude = magnitude[piece.offset : piece.offset + piece.stop - piece.start]
-        if module.magnitude_is is MagnitudeKind.NORM:
-            length = _row_norms(op.base, piece) if by_row else _column_norms(op.base, module)
-            magnitude = torch.where(length > 0, magnitude / length, torch.zeros_like(length))
-        exact[span] *= magnitude
+        exact[span] *= expected_factors(op.base, piece)
     got = rows_of(file, name, range(len(exact))).view(1, -1)
     exact = exact.view(1, -1)
     if compare(got, exact, exact, tolerance, Tally()):
         tally.differences.append(f"{name}: the bias is not the recomputed one")
     tally.compared += got.numel() * got.dtype.itemsize
-
-
-def _row_norms(base: TensorRef, piece: Piece) -> Tensor:
-    norms = []
-    for block in _spans(piece.stop - piece.start, base.spec.shape[1], None):
-        weight = source_rows(base, [piece.start + i for i in block]).double()
-        direction = _direction(weight, piece.module, [piece.offset + i for i in block])
-        norms.append(direction.square().sum(dim=1).sqrt())
-    return torch.cat(norms)
-
-
-def _column_norms(base: TensorRef, module: DoraModule) -> Tensor:
-    total = torch.zeros(base.spec.shape[1], dtype=torch.float64)
-    for rows in _spans(base.spec.shape[0], base.spec.shape[1], None):
-        direction = _direction(source_rows(base, rows).double(), module, rows)
-        total += direction.square().sum(dim=0)
-    return total.sqrt()

@@ -1,4 +1,4 @@
-"""The algebra of arXiv 2402.09353, equation 5: `W' = m * V / ||V||`, `V = W + scaling * up @ down`.
+"""The algebra of arXiv 2402.09353, equation 5: `W' = m * V / ||V||`; `maths.deltas` adds up V.
 
 All functions work on a block of rows of the stored `[out, in]` weight, in the block's own element
 type, in place, so that a caller can reuse one buffer for a whole model. None waits for a device:
@@ -14,9 +14,10 @@ from torch import Tensor
 
 __all__ = [
     "RowFaults",
-    "add_update",
+    "channel_sums",
     "column_factors",
     "overflows",
+    "per_column",
     "scale_by",
     "scale_rows",
     "square_sums",
@@ -52,11 +53,6 @@ class RowFaults:
 
 
 _NONE = RowFaults()
-
-
-def add_update(rows: Tensor, up: Tensor, down: Tensor) -> None:
-    """`rows [n, in] += up [n, rank] @ down [rank, in]`; the scaling is in `up` already."""
-    rows.addmm_(up, down)
 
 
 def scale_rows(direction: Tensor, magnitude: Tensor) -> RowFaults:
@@ -97,8 +93,25 @@ def square_sums(direction: Tensor) -> Tensor:
 
 
 def column_factors(magnitude: Tensor, squares: Tensor) -> tuple[Tensor, RowFaults]:
-    """Axis IN, second pass: what each column is multiplied by, `magnitude / sqrt(squares)`."""
-    return _factors(magnitude.double(), squares.sqrt())
+    """Axis IN, second pass: what each column is multiplied by, `magnitude / sqrt(squares)`.
+
+    A convolution's magnitude has an entry for each input channel, whose norm runs over the kernel
+    too. The columns of a channel lie side by side.
+    """
+    lengths = channel_sums(squares, len(magnitude)).sqrt()
+    factor, faults = _factors(magnitude.double(), lengths)
+    return per_column(factor, len(squares)), faults
+
+
+def channel_sums(columns: Tensor, channels: int) -> Tensor:
+    """Numbers of columns `[..., in * k]`, summed over each channel's: `[..., in]`."""
+    each = columns.shape[-1] // max(channels, 1)
+    return columns.view(*columns.shape[:-1], channels, each).sum(dim=-1)
+
+
+def per_column(channels: Tensor, columns: int) -> Tensor:
+    """Numbers of channels `[in]` for each of their columns, `[in * k]`."""
+    return channels.repeat_interleave(columns // max(len(channels), 1))
 
 
 def _factors(magnitude: Tensor, norm: Tensor) -> tuple[Tensor, RowFaults]:

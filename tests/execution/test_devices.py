@@ -16,10 +16,11 @@ from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.errors import InputError, MismatchError, OutputError
 from dora_convert.execution import units
 from dora_convert.execution.devices import DirectTransport, lanes, named, pays
-from dora_convert.execution.kernels import Operands
 from dora_convert.execution.lanes import BLOCK_BYTES, Buffers, DeviceBuffers
+from dora_convert.execution.operands import Operands
 from dora_convert.execution.run import run
-from dora_convert.maths.dora import RowFaults, add_update, overflows, scale_by, scale_rows
+from dora_convert.maths.deltas import Dense, Hadamard, Kronecker, LowRank
+from dora_convert.maths.dora import RowFaults, overflows, scale_by, scale_rows
 from tests.elsewhere import ELSEWHERE, MixedDevicesError, Queue
 
 from .conftest import KINDS, Recorder, Store, exact, module, operands, plan_of, random, written
@@ -181,20 +182,23 @@ def test_undefined_rows_are_counted_on_a_device_too(tmp_path: Path, store: Store
 def test_the_arithmetic_stays_on_the_device_and_waits_for_nothing() -> None:
     """Tensors without values raise wherever a value would have to be known, or devices mix."""
     rows = torch.empty(8, 6, device="meta")
-    host = Operands(torch.empty(4, 6), torch.empty(8, 4), torch.empty(8))
-    there = host.on(rows.device)
-    assert there.up is not None
-    assert there.down is not None
-    assert there.magnitude is not None
-    add_update(rows, there.up, there.down)
-    faults = scale_rows(rows, there.magnitude)
+    pair = LowRank(torch.empty(8, 4), torch.empty(4, 6))
+    small = LowRank(torch.empty(2, 1), torch.empty(1, 3))
+    others = Hadamard(pair, pair), Kronecker(Dense(torch.empty(4, 2)), small, 0, 8)
+    magnitude = torch.empty(8)
+    for delta in (pair, *others):
+        there = Operands(delta, magnitude).on(rows.device)
+        assert there.delta is not None
+        assert there.magnitude is not None
+        there.delta.add_to(rows, 0)
+        faults = scale_rows(rows, there.magnitude)
     faults += scale_by(rows, torch.empty(6, device="meta"))
     faults += overflows(rows, rows.half())
     for count in (faults.zero, faults.nonfinite, faults.overflow):
         assert isinstance(count, Tensor)
         assert count.device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):
-        add_update(rows, torch.empty(8, 4), torch.empty(4, 6))
+        pair.add_to(rows, 0)
     with pytest.raises(RuntimeError, match="meta"):
         bool(faults)
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from dora_convert.maths.dora import (
     RowFaults,
-    add_update,
     column_factors,
     overflows,
     scale_rows,
@@ -35,8 +34,7 @@ def test_rows_and_columns_follow_the_paper(rows: int, columns: int, rank: int, s
     up, down = rng.normal(size=(rows, rank)), rng.normal(size=(rank, columns))
     by_row, by_column = rng.normal(size=rows), rng.normal(size=columns)
 
-    block = torch.from_numpy(w.copy())
-    add_update(block, torch.from_numpy(up * 0.5), torch.from_numpy(down))
+    block = torch.from_numpy(w + 0.5 * up @ down)
     direction = block.clone()
     assert not scale_rows(block, torch.from_numpy(by_row))
     np.testing.assert_allclose(
@@ -51,6 +49,18 @@ def test_rows_and_columns_follow_the_paper(rows: int, columns: int, rank: int, s
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+def test_a_column_gets_the_factor_of_its_channel() -> None:
+    v = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4, 3, 3)))
+    m = torch.tensor([2.0, 0.0, 1.0, 3.0])
+    v[:, 1] = 0
+    factors, faults = column_factors(m, square_sums(v.flatten(1).clone()))
+    norms = v.square().sum(dim=(0, 2, 3), keepdim=True).sqrt()
+    expected = m.view(1, 4, 1, 1) * v / norms.clamp_min(1e-9)
+    torch.testing.assert_close(v.flatten(1) * factors, expected.flatten(1))
+    assert not faults
+    assert column_factors(m + 1, v.flatten(1).square().sum(dim=0))[1] == RowFaults(zero=1)
 
 
 def test_a_zero_row_stays_zero_and_is_a_fault_only_with_a_magnitude() -> None:
