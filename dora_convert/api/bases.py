@@ -11,8 +11,8 @@ from dora_convert.core.plan import Merge, Plan
 from dora_convert.core.tensors import TensorRef
 from dora_convert.hub.locate import local_path
 from dora_convert.planning.families import quantization, transposed_modules
-from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.origin import identity
+from dora_convert.storage.pipeline import open_model
 from dora_convert.storage.selection import base_files
 from dora_convert.storage.sparse import fill
 
@@ -30,7 +30,7 @@ def open_base(path: Path, options: ReadOptions, *, in_part: bool = False) -> Che
     and HubError.
     """
     place = local_path(path, base_files, in_part=in_part)
-    checkpoint = open_checkpoint(place, allow_pickle=options.allow_pickle)
+    checkpoint = open_model(place, allow_pickle=options.allow_pickle)
     if quantization(checkpoint.config) is not None:
         from dora_convert.execution.decoding import decoded
 

@@ -9,6 +9,7 @@ from dora_convert.api.reading import worker_count
 from dora_convert.core.adapter import Adapter, BiasRule, MagnitudeAxis, MagnitudeKind, RowOrder
 from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.evidence import Subject
+from dora_convert.planning.components import placed
 from dora_convert.planning.doubts import without_doubts
 from dora_convert.planning.roworder import head_rows, in_base_order, unclear
 from dora_convert.planning.settle import squares, subjects, with_axis, with_bias_rule
@@ -38,6 +39,7 @@ def settled(
         samples,
     )
 
+    adapter = placed(adapter, checkpoint)
     reader, workers = open_reader(), worker_count(None)
     found = subjects(adapter, checkpoint, transposed=transposed)
     if ahead:

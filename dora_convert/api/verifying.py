@@ -15,8 +15,8 @@ from dora_convert.errors import InputError, VerificationError
 from dora_convert.planning.families import quantization
 from dora_convert.planning.planner import plan_merge
 from dora_convert.planning.quantise import Scheme
-from dora_convert.storage.checkpoint import open_checkpoint
 from dora_convert.storage.folders import require_path
+from dora_convert.storage.pipeline import open_model
 from dora_convert.storage.sums import SUMS, changed_files, has_sums
 
 __all__ = ["verify"]
@@ -88,7 +88,7 @@ def _recomputed(
     base = base or named_base(found)
     checkpoint = open_base(base, options)
     found = settled(found, checkpoint, transposed=options.transposed)
-    merged = open_checkpoint(output, role="checkpoint")
+    merged = open_model(output, role="checkpoint")
     dtype = _changed_dtype(checkpoint, merged)
     proposal = plan_merge(
         found, checkpoint, dtype=dtype, transposed=options.transposed, scheme=_scheme(merged)

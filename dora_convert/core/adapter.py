@@ -110,9 +110,8 @@ class DoraModule:
 
     @property
     def factors(self) -> LowRank | None:
-        """The update as `up @ down`, where it is known to be stored so."""
-        assert self.delta is None or isinstance(self.delta, LowRank), self.path
-        return self.delta
+        """The update as `up @ down`; None where there is none, or it is not stored so."""
+        return self.delta if isinstance(self.delta, LowRank) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +138,8 @@ class Adapter:
     format nor any shape says what the magnitudes belong to, and the modules' axis is provisional
     until the base's norms decide. `is_scaling_open`: the trainer does not save what the update is
     multiplied with; the modules' scaling is 1 until the user says it.
+    `is_place_open`: paths are as the trainer of an image model spells them, and what they are
+    called in a base is found there (`planning.components`).
     """
 
     format: str
@@ -151,4 +152,5 @@ class Adapter:
     meets_transposed: bool = False
     is_axis_open: bool = False
     is_scaling_open: bool = False
+    is_place_open: bool = False
     notes: tuple[str, ...] = ()

@@ -9,12 +9,12 @@ from dora_convert.core.adapter import DoraModule, LayerKind, MagnitudeAxis
 from dora_convert.core.deltas import LowRank
 from dora_convert.core.tensors import TensorRef
 
-__all__ = ["check_replaced", "common_axis", "convolution", "linear", "magnitude"]
+__all__ = ["check_replaced", "common_axis", "convolution", "linear", "magnitude", "usable"]
 
 
 def linear(path: str, down: TensorRef, up: TensorRef, problems: list[str]) -> LowRank | None:
     """`down [rank, in]` and `up [out, rank]`, or None with the reason in `problems`."""
-    if not _usable(path, (down, up), problems):
+    if not usable(path, (down, up), problems):
         return None
     if len(down.spec.shape) != 2 or len(up.spec.shape) != 2:
         problems.append(f"{path}: expected two matrices, found {_shapes(down, up)}")
@@ -29,7 +29,7 @@ def linear(path: str, down: TensorRef, up: TensorRef, problems: list[str]) -> Lo
 
 def convolution(path: str, down: TensorRef, up: TensorRef, problems: list[str]) -> LowRank | None:
     """The same from `down [rank, in, k...]` and `up [out, rank, 1...]`, kernels flattened."""
-    if not _usable(path, (down, up), problems):
+    if not usable(path, (down, up), problems):
         return None
     rank, out = down.spec.shape[0], up.spec.shape[0]
     if len(up.spec.shape) != len(down.spec.shape) or up.spec.numel != out * up.spec.shape[1]:
@@ -64,7 +64,7 @@ def magnitude(
     vector on a square weight) the axis is OUT for the time being, and `path` goes into
     `undecided`. None with the reason in `problems`.
     """
-    if not _usable(path, (stored,), problems):
+    if not usable(path, (stored,), problems):
         return None
     out, inner = shape
     count = stored.spec.numel
@@ -116,7 +116,8 @@ def check_replaced(replaced: Mapping[str, TensorRef], problems: list[str]) -> No
             problems.append(f"{name}: {list(ref.spec.shape)} {ref.stored.dtype.label} is no weight")
 
 
-def _usable(path: str, tensors: tuple[TensorRef, ...], problems: list[str]) -> bool:
+def usable(path: str, tensors: tuple[TensorRef, ...], problems: list[str]) -> bool:
+    """Whether all are floats that hold something, or the reason in `problems`."""
     before = len(problems)
     for ref in tensors:
         if not ref.stored.dtype.is_weight:

@@ -34,13 +34,14 @@ class Bundle:
     """An adapter folder: its tensors by stored name and its parsed JSON documents by file name.
 
     `scalars` are the values of tensors with one finite number, such as a module's alpha, which a
-    format needs before it can say anything.
+    format needs before it can say anything. `metadata` is the text in the headers of the files.
     """
 
     root: Path
     tensors: Mapping[str, TensorRef]
     documents: Mapping[str, Json] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

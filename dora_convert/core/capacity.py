@@ -46,6 +46,8 @@ class Capacity:
 def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
     """Every reason why the layout cannot hold the adapter; nothing may be dropped in silence."""
     found = [text for module in adapter.modules.values() for text in _module(module, capacity)]
+    if adapter.is_place_open:
+        found.append("its modules are named as in a file of an image model: give the base")
     if adapter.is_axis_open:
         found.append("what the magnitudes belong to is not known: give the base, or --axis")
     if adapter.is_scaling_open:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dora_convert.core.quantized import QuantizedWeight
 
 __all__ = [
+    "COMPONENT_MARK",
     "DType",
     "Encoded",
     "Narrowed",
@@ -24,7 +25,11 @@ __all__ = [
     "Step",
     "TensorRef",
     "TensorSpec",
+    "stored_name",
 ]
+
+# Between a component of a pipeline and the name that a tensor has in the component's files.
+COMPONENT_MARK = "::"
 
 
 class DType(enum.Enum):
@@ -247,3 +252,8 @@ class TensorRef:
 
     def _shaped(self, *shape: int) -> TensorSpec:
         return replace(self.spec, shape=shape)
+
+
+def stored_name(name: str) -> str:
+    """What a tensor is called in its file: the component of a pipeline is the file's folder."""
+    return name.rpartition(COMPONENT_MARK)[2]

@@ -89,7 +89,7 @@ class _Run:
 
     def sealed(self, index: int, writer: ShardWriter, sha256: str) -> None:
         """A shard is on the disk."""
-        name = writer.file.name
+        name = self.plan.shards[index].file
         if self.journal is not None:
             found = self.findings.of_shard(index)
             self.journal.add(Sealed(name, writer.nbytes, sha256, found))

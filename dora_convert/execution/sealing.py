@@ -9,10 +9,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from dora_convert.core.plan import Plan
+from dora_convert.core.plan import Plan, Shard
 from dora_convert.core.tensors import TensorSpec
 from dora_convert.execution.units import Unit
 from dora_convert.storage.chunks import Chunks
+from dora_convert.storage.oserrors import writing
+from dora_convert.storage.publishing import sync
 from dora_convert.storage.room import require_room
 from dora_convert.storage.shards import ShardWriter
 
@@ -39,8 +41,7 @@ class OpenShards:
         """The file of the shard of this index."""
         with self._lock:
             if index not in self._open:
-                shard = self._plan.shards[index]
-                self._open[index] = self._make(self._folder / shard.file, shard.specs, self._chunks)
+                self._open[index] = self._made(self._plan.shards[index])
             return self._open[index]
 
     def done(self, index: int) -> ShardWriter | None:
@@ -53,7 +54,15 @@ class OpenShards:
         """Files without any byte of data, which no unit opens, but for those to `skip`."""
         for index, shard in enumerate(self._plan.shards):
             if index not in self._waiting and index not in skip:
-                yield index, self._make(self._folder / shard.file, shard.specs, self._chunks)
+                yield index, self._made(shard)
+
+    def _made(self, shard: Shard) -> ShardWriter:
+        file = self._folder / shard.file
+        with writing(file):
+            if not file.parent.is_dir():  # that of a pipeline's model
+                file.parent.mkdir()
+                sync(self._folder)
+        return self._make(file, shard.specs, self._chunks)
 
     def close(self) -> None:
         """Close what is still open."""

@@ -13,7 +13,7 @@ from dora_convert.core.bundle import Checkpoint, Json, json_text
 from dora_convert.core.plan import CarriedFile, Document, Shard, WrittenFile
 from dora_convert.core.tensors import DType, TensorSpec
 from dora_convert.planning.families import task_head, text_configs
-from dora_convert.planning.pack import INDEX, index_text
+from dora_convert.planning.pack import indexes
 from dora_convert.planning.ties import Ties
 from dora_convert.planning.vocabulary import vocabulary_ends
 
@@ -63,8 +63,7 @@ def documents(
     changed = config != checkpoint.config or checkpoint.schemes
     if config and (changed or "config.json" not in found):
         found["config.json"] = WrittenFile("config.json", json_text(config))
-    if len(shards) > 1:
-        found[INDEX] = WrittenFile(INDEX, index_text(shards))
+    found |= {name: WrittenFile(name, text) for name, text in indexes(shards).items()}
     return tuple(found[name] for name in sorted(found))
 
 

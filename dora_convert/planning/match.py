@@ -122,6 +122,11 @@ def _target(
     if isinstance(origin, Unsupported):
         problems.append(f"{path}: {origin.reason}")
         return None
+    if flip and module.delta is not None and module.factors is None:
+        problems.append(
+            f"{path}: stored [in, out], for which only updates of two matrices can be turned"
+        )
+        return None
     oriented = module.transposed() if flip else module
     before = len(problems)
     _check_shape(oriented, origin, checkpoint.tensors, problems, flip=flip)

@@ -74,9 +74,9 @@ def plan_merge(
         outputs, kept = quantised(outputs, scheme, flipped, matching.problems)
         quantization = scheme.quantizer.config(kept)
     if max_shard_size is None:
-        shards = own_shards(outputs, checkpoint.shards)
+        shards = own_shards(outputs, checkpoint.shards, keep_name=not checkpoint.config)
     else:
-        shards = sized_shards(outputs, max_shard_size)
+        shards = sized_shards(outputs, max_shard_size, checkpoint.shards)
     files = documents(
         adapter,
         checkpoint,

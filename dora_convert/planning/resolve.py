@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_convert.core.bundle import Checkpoint
+from dora_convert.planning.components import component_origins
 from dora_convert.planning.names import Origin, Rows, Unsupported, module_tensors
 
 __all__ = ["Resolver", "resolver"]
@@ -49,7 +50,10 @@ def resolver(checkpoint: Checkpoint, paths: Iterable[str]) -> Resolver:
     for name, shape in shapes.items():
         if not isinstance(origins.get(name), Unsupported):
             origins[name] = (Rows(name, 0, shape[0] if shape else 1),)
-    missing = [f"{path}.weight" for path in paths if f"{path}.weight" not in origins]
+    wanted = [f"{path}.weight" for path in paths]
+    if any(name not in origins for name in wanted):
+        origins = {**component_origins(checkpoint), **origins}
+    missing = [name for name in wanted if name not in origins]
     plain = Resolver(origins)
     if not missing:
         return plain

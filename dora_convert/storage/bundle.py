@@ -8,6 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from safetensors import safe_open
+
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.globs import matches_any
 from dora_convert.core.tensors import DType, Pickled, Slice, TensorRef, TensorSpec
@@ -62,7 +64,7 @@ def open_bundle(
     documents = _documents(root, names, weights, config or _CONFIG)
     raise_faults(root, weights.faults)
     scalars = _scalars(weights.tensors.values())
-    return Bundle(root=root, tensors=weights.tensors, documents=documents, scalars=scalars)
+    return Bundle(root, weights.tensors, documents, scalars, _metadata(root, weights.held))
 
 
 def _check_suffix(file: Path, *, allow_pickle: bool) -> None:
@@ -121,6 +123,16 @@ def _documents(root: Path, names: list[str], weights: Weights, config: str) -> d
             if name == config:
                 weights.faults.append(fault)
     return documents
+
+
+def _metadata(root: Path, files: Iterable[str]) -> dict[str, str]:
+    """What the headers of the files say besides tensors; of several, the last word."""
+    found: dict[str, str] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            with reading(root / file), safe_open(root / file, framework="np") as opened_file:
+                found |= opened_file.metadata() or {}
+    return found
 
 
 # Little endian, as in the file format.

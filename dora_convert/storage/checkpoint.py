@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from dora_convert.core.bundle import Checkpoint, Json
@@ -32,7 +32,7 @@ from dora_convert.storage.weights import (
     some,
 )
 
-__all__ = ["is_carried", "open_checkpoint"]
+__all__ = ["carried_files", "is_carried", "is_declared", "open_checkpoint", "without_variants"]
 
 _MODEL = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
@@ -48,6 +48,9 @@ _MODULE_FOLDER = re.compile(r"\d+_[A-Za-z]\w*")
 _HUB_MODEL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)")
 # What image models are kept in with no word in a config.
 _FP8 = (DType.F8_E4M3, DType.F8_E5M2)
+_VARIANT = re.compile(
+    r"(model|diffusion_pytorch_model)\.(?!safetensors)\w+(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?$"
+)
 _OTHER_RUNTIMES = frozenset({"onnx", "openvino", "original", "coreml"})
 
 
@@ -61,7 +64,7 @@ def open_checkpoint(
         root = path if folder else path.parent
         files = _choose(root, list_files(root)) if folder else _siblings(path)
         # A GGUF file is given by its name where others lie beside it.
-        carried = _carried(root) if folder or path.suffix == GGUF else ()
+        carried = carried_files(root) if folder or path.suffix == GGUF else ()
     weights = _read(root, files, allow_pickle=allow_pickle)
     if folder or weights.gguf:
         weights.faults += missing_shards(files)
@@ -69,7 +72,7 @@ def open_checkpoint(
     raise_faults(root, weights.faults)
     if weights.gguf:
         config = _as_gguf(root, config, weights.gguf)
-    elif not _declares(config) and any(r.spec.dtype in _FP8 for r in weights.tensors.values()):
+    elif not is_declared(config) and any(r.spec.dtype in _FP8 for r in weights.tensors.values()):
         config = {**config, "quantization_config": {"quant_method": "scaled_fp8"}}
     return Checkpoint(
         root=root, tensors=weights.tensors, shards=weights.shards, config=config, files=carried
@@ -90,7 +93,7 @@ def _read(root: Path, files: list[str], *, allow_pickle: bool) -> Weights:
 
 def _choose(root: Path, names: list[str]) -> list[str]:
     """Pick the files that make up the model, or its index alone."""
-    candidates = [name for name in names if not name.startswith(("adapter", "."))]
+    candidates = without_variants(name for name in names if not name.startswith(("adapter", ".")))
     chosen = _indexed(root, candidates) or _unindexed(candidates) or _pickles(candidates)
     chosen = chosen or _ggufs(root, candidates)
     if chosen:
@@ -101,6 +104,19 @@ def _choose(root: Path, names: list[str]) -> list[str]:
     if any(name.startswith("adapter") for name in names):
         hint = "This is an adapter; give the model that it was trained on."
     raise InputError(what, where=str(root), hint=hint)
+
+
+def without_variants(names: Iterable[str]) -> list[str]:
+    """The names, but for those of a variant of what is there: `NAME.fp16.safetensors` of diffusers.
+
+    Where nothing but variants is there, all.
+    """
+    every = list(names)
+    tensors = (name for name in every if ".safetensors" in name and not _VARIANT.match(name))
+    plain = {name.partition(".")[0].partition("-")[0] for name in tensors}
+    return [
+        name for name in every if (found := _VARIANT.match(name)) is None or found[1] not in plain
+    ]
 
 
 def _indexed(root: Path, names: list[str]) -> list[str]:
@@ -182,10 +198,10 @@ def _as_gguf(root: Path, config: Json, files: Sequence[GgufFile]) -> Json:
     return {**config, "quantization_config": words}
 
 
-def _declares(config: Json) -> bool:
+def is_declared(config: Json) -> bool:
     """Whether it says how weights are quantised, of a part of the model perhaps."""
     return not DECLARED_IN.keys().isdisjoint(config) or any(
-        isinstance(value, dict) and _declares(value) for value in config.values()
+        isinstance(value, dict) and is_declared(value) for value in config.values()
     )
 
 
@@ -217,7 +233,8 @@ def _check_kinds(config: Json, place: str, problems: list[str]) -> None:
             _check_kinds(value, f"{place}, {quoted(key)}", problems)
 
 
-def _carried(root: Path) -> tuple[str, ...]:
+def carried_files(root: Path) -> tuple[str, ...]:
+    """What goes along with the weights of the model in `root`, sorted."""
     carried = []
     for place, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not _is_passed_over(name)]

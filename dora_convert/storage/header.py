@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec
+from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec, stored_name
 from dora_convert.errors import InputError
 from dora_convert.storage.opening import opened, pread_exactly, quoted
 
@@ -87,15 +87,17 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADAT
     """Lay tensors out as safetensors' own writer does, byte for byte.
 
     It sorts by alignment, the widest first, then by name, and pads with spaces to 8 bytes.
+    Tensors of a pipeline's component are stored under what they are called in it.
     """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.order, spec.name))
+    ordered = sorted(specs, key=lambda spec: (-spec.dtype.order, stored_name(spec.name)))
     body: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
     for spec in ordered:
-        assert spec.name not in body, spec.name
+        name = stored_name(spec.name)
+        assert name not in body, spec.name
         offsets[spec.name], end = end, end + spec.nbytes
-        body[spec.name] = {
+        body[name] = {
             "dtype": spec.dtype.label,
             "shape": list(spec.shape),
             "data_offsets": [offsets[spec.name], end],

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from dora_convert.core.globs import matches_any
 from dora_convert.errors import InputError
-from dora_convert.storage.checkpoint import is_carried
+from dora_convert.storage.checkpoint import is_carried, without_variants
+from dora_convert.storage.pipeline import PIPELINE
 from dora_convert.storage.weights import GGUF, PICKLES, shard_stem
 
 __all__ = ["adapter_files", "base_files"]
@@ -48,6 +49,8 @@ def base_files(names: Sequence[str], *, file: str | None = None) -> list[str]:
     """
     if file is not None:
         return _one_file(file, names)
+    if PIPELINE in names:
+        return _with(_of_pipeline(names), [name for name in names if is_carried(name)])
     top = [n for n in names if "/" not in n and not n.startswith(("adapter", "consolidated"))]
     pickles = (*PICKLES, ".index.json")
     weights = (
@@ -56,6 +59,21 @@ def base_files(names: Sequence[str], *, file: str | None = None) -> list[str]:
         or _gguf(top)
     )
     return _with(weights, [name for name in names if is_carried(name)])
+
+
+def _of_pipeline(names: Sequence[str]) -> list[str]:
+    """The weights of every part, in the folder of its name; what lies beside them is a copy."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        folder, slash, file = name.partition("/")
+        if slash and "/" not in file:
+            parts.setdefault(folder, []).append(file)
+    return [
+        f"{folder}/{file}"
+        for folder, files in parts.items()
+        for file in _tensors(without_variants(files))
+        or [file for file in files if file.endswith(PICKLES)]
+    ]
 
 
 def _one_file(file: str, beside: Sequence[str]) -> list[str]:

@@ -208,12 +208,16 @@ class Staging:
     def _prune(self) -> None:
         """Delete all but the marker and the shards that the journal knows."""
         known = {} if self._journal is None else self._journal.sealed
-        for entry in (*_entries(self._home), *_entries(self.dir)):
-            if entry.parent == self.dir:
-                if entry.name not in known:
-                    _delete(entry)
-            elif entry.name != _MARKER and entry != self.dir:
+        for entry in _entries(self._home):
+            if entry.name != _MARKER and entry != self.dir:
                 _delete(entry)
+        for place, folders, names in os.walk(self.dir, topdown=False):
+            for entry in (Path(place, name) for name in (*folders, *names)):
+                if entry.is_dir() and not entry.is_symlink():
+                    with suppress(OSError):  # it holds what is kept
+                        entry.rmdir()
+                elif entry.relative_to(self.dir).as_posix() not in known:
+                    _delete(entry)
 
     def _clear(self) -> None:
         """Delete the folder; the marker last, so that what a kill leaves is still known as ours."""

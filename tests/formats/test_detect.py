@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,25 @@ ADAPTERS = {
     "small/rasbt": "rasbt",
     "small/vlt5_DoraLinear": "vlt5",
     "small/vlt5_DoraLinear_simple": "vlt5",
+    **{f"diffusers/flux_{name}": "diffusers" for name in ("meta", "nometa")},
+    **{
+        f"lycoris/{p.name}": "kohya" for p in sorted((FIXTURES / "lycoris").iterdir()) if p.is_dir()
+    },
+    "OneTrainer": "kohya",
+    "ai-toolkit": "ai_toolkit",
+}
+# Shapes of layouts whose trainers are no packages.
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "OneTrainer": {
+        "diffusion_model.double_blocks.0.img_mlp.0.lora_A.weight": (2, 4),
+        "diffusion_model.double_blocks.0.img_mlp.0.lora_B.weight": (6, 2),
+        "diffusion_model.double_blocks.0.img_mlp.0.dora_scale": (1, 4),
+    },
+    "ai-toolkit": {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (2, 4),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": (4, 2),
+        "transformer.transformer_blocks.0.attn.to_q.magnitude": (4,),
+    },
 }
 # Layouts of a whole model's state dict, in which every tensor belongs to the model.
 WHOLE = {"catid", "rasbt", "vlt5"}
@@ -44,9 +64,12 @@ def adapter(name: str) -> Bundle:
         parameters = {"rank": 4, "alpha": 16, "scale": 10.0}
         config = {"use_dora": True, "lora_layers": 1, "lora_parameters": parameters}
         return bundle(adapter("mlx/linear").tensors, config)
+    if name in SHAPES:
+        return bundle(SHAPES[name], None)
     folder = FIXTURES / name
-    inner = folder / "adapter"
-    return open_bundle(inner if inner.exists() else folder, allow_pickle=True)
+    inside = (folder / "adapter", folder / "adapter.safetensors")
+    chosen = next((inner for inner in inside if inner.exists()), folder)
+    return open_bundle(chosen, allow_pickle=True)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -65,7 +88,7 @@ def test_every_format_has_an_adapter_here() -> None:
 def test_a_tensor_too_much_is_an_error_in_every_format(name: str) -> None:
     held = adapter(name)
     extra = bundle({"some.thing": (3,)}, None).tensors
-    more = Bundle(held.root, {**held.tensors, **extra}, held.documents)
+    more = replace(held, tensors={**held.tensors, **extra})
     plugin = formats.get(ADAPTERS[name])
     assert plugin.read(held).modules
     if ADAPTERS[name] in WHOLE:

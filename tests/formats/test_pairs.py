@@ -39,6 +39,11 @@ TAKEN = {
     "small/rasbt": {"catid"},
     # A copy of the base beside every module.
     "small/vlt5": {"peft", "vlt5"},
+    # Only a base says which modules their names mean.
+    "diffusers/": set(),
+    "lycoris/": set(),
+    "OneTrainer": set(),
+    "ai-toolkit": set(),
 }
 
 
@@ -52,7 +57,7 @@ def content(ref: TensorRef | None) -> object:
 
 def parts(module: DoraModule) -> list[object]:
     delta = module.delta
-    tensors = [delta.down, delta.up] if delta is not None else []
+    tensors = delta.tensors if delta is not None else ()
     return [
         *(content(ref) for ref in (*tensors, module.magnitude, module.weight)),
         (module.kind, module.bias_rule, module.up_order, module.magnitude_order),

@@ -303,13 +303,15 @@ def test_transposed_is_not_used_for_others() -> None:
 # Shapes and types
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 1)])
-def test_convolution(kernel: tuple[int, ...]) -> None:
-    size = kernel[0] * kernel[1]
-    base = checkpoint({"conv.weight": (6, 4, *kernel)})
-    plain = dora("conv", 6, 4 * size)
-    told = only_problem(adapter(plain), base)
-    assert f"adapter [6, {4 * size}], base [6, 4, {kernel[0]}, {kernel[1]}]" in told
+def test_convolution() -> None:
+    base = checkpoint({"conv.weight": (6, 4, 3, 3)})
+    told = only_problem(adapter(dora("conv", 6, 4 * 9)), base)
+    assert "adapter [6, 36], base [6, 4, 3, 3]" in told
+
+
+def test_a_kernel_of_one_element_is_as_good_as_none() -> None:
+    fits(adapter(dora("conv", 6, 4)), checkpoint({"conv.weight": (6, 4, 1, 1)}))
+    fits(adapter(convolution("linear", 6, 4, 1, 1)), checkpoint({"linear.weight": (6, 4)}))
 
 
 def convolution(path: str, out: int, inner: int, *kernel: int) -> DoraModule:

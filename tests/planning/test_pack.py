@@ -15,10 +15,12 @@ from dora_convert import api
 from dora_convert.core.plan import Copy, Job, Plan, WrittenFile
 from dora_convert.core.tensors import DType
 from dora_convert.planning.merge import Outputs
-from dora_convert.planning.pack import INDEX, index_text, own_shards, sized_shards
+from dora_convert.planning.pack import indexes, own_shards, sized_shards
 from dora_convert.planning.planner import plan_merge
 
 from ..core.values import adapter, checkpoint, dora, ref
+
+INDEX = "model.safetensors.index.json"
 
 
 def outputs(sizes: dict[str, int], beside: dict[str, str] | None = None) -> Outputs:
@@ -74,20 +76,22 @@ def test_a_shard_that_became_empty_is_not_written() -> None:
 
 
 def test_sized_shards() -> None:
-    found = sized_shards(outputs({"a": 4, "b": 4, "c": 3, "huge": 30, "d": 1}), 8)
+    found = sized_shards(outputs({"a": 4, "b": 4, "c": 3, "huge": 30, "d": 1}), 8, {})
     assert contents(found) == {
         "model-00001-of-00004.safetensors": ["a", "b"],
         "model-00002-of-00004.safetensors": ["c"],
         "model-00003-of-00004.safetensors": ["huge"],
         "model-00004-of-00004.safetensors": ["d"],
     }
-    assert contents(sized_shards(outputs({"a": 4, "b": 4}), 8)) == {"model.safetensors": ["a", "b"]}
+    assert contents(sized_shards(outputs({"a": 4, "b": 4}), 8, {})) == {
+        "model.safetensors": ["a", "b"]
+    }
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.integers(1, 60))
 def test_sized_shards_keep_the_limit_and_the_order(sizes: list[int], limit: int) -> None:
     names = {f"t{i:02}": size for i, size in enumerate(sizes)}
-    shards = sized_shards(outputs(names), limit)
+    shards = sized_shards(outputs(names), limit, {})
     assert [spec.name for shard in shards for spec in shard.specs] == list(names)
     assert all(shard.nbytes <= limit or len(shard.jobs) == 1 for shard in shards)
     for before, after in itertools.pairwise(shards):
@@ -96,8 +100,8 @@ def test_sized_shards_keep_the_limit_and_the_order(sizes: list[int], limit: int)
 
 
 def test_index() -> None:
-    shards = sized_shards(outputs({"b": 5, "a": 7, "c": 2}), 7)
-    assert json.loads(index_text(shards)) == {
+    shards = sized_shards(outputs({"b": 5, "a": 7, "c": 2}), 7, {})
+    assert json.loads(indexes(shards)[INDEX]) == {
         "metadata": {"total_size": 14},
         "weight_map": {
             "a": "model-00002-of-00003.safetensors",
@@ -105,6 +109,46 @@ def test_index() -> None:
             "c": "model-00003-of-00003.safetensors",
         },
     }
+
+
+IMAGES = {
+    "unet::a": "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet::b": "unet/diffusion_pytorch_model.fp16.safetensors",
+    "vae::a": "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder::a": "text_encoder/pytorch_model.safetensors",
+}
+
+
+def test_models_of_a_pipeline_share_no_file() -> None:
+    found = outputs(dict.fromkeys(IMAGES, 4))
+    own = own_shards(found, IMAGES)
+    assert {spec.name: shard.file for shard in own for spec in shard.specs} == IMAGES
+    assert indexes(own) == {}
+    sized = sized_shards(found, 4, IMAGES)
+    assert contents(sized) == {
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors": ["unet::a"],
+        "unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors": ["unet::b"],
+        "vae/diffusion_pytorch_model.safetensors": ["vae::a"],
+        "text_encoder/model.safetensors": ["text_encoder::a"],
+    }
+    ((name, text),) = indexes(sized).items()
+    assert name == "unet/diffusion_pytorch_model.fp16.safetensors.index.json"
+    assert json.loads(text)["weight_map"] == {
+        "a": "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "b": "diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "file", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bf16.safetensors"]
+)
+def test_one_model_of_diffusers_keeps_its_name(file: str) -> None:
+    assert contents(own_shards(outputs({"a": 1}), {"a": file})) == {file: ["a"]}
+
+
+def test_a_file_that_no_config_says_how_to_load_keeps_its_name() -> None:
+    found = own_shards(outputs({"a": 1}), {"a": "flux1-dev.safetensors"}, keep_name=True)
+    assert contents(found) == {"flux1-dev.safetensors": ["a"]}
 
 
 def plan(limit: int | None) -> Plan:

@@ -1,0 +1,108 @@
+"""diffusers' `pytorch_lora_weights.safetensors`, as its scripts, SimpleTuner and OneTrainer save.
+
+Source: diffusers 0.42, `loaders/lora_base.py`, `utils/peft_utils.py`. A key is PEFT's with the
+component before it: `transformer.<module>.lora_A.weight`, `.lora_magnitude_vector`. The LoRA's
+config is in the file's header, if at all, as `lora_adapter_metadata`: JSON with `transformer.r` and
+the like. Without it diffusers takes alpha for the rank, whatever was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.fields import Fields
+from dora_convert.core.image_adapter import (
+    COMPONENTS,
+    ImageParts,
+    alpha_divisor,
+    image_modules,
+    image_parts,
+    is_diffusers,
+    no_writer,
+    whole_adapter,
+)
+from dora_convert.core.peft_config import refuse_unmergeable, scalings
+from dora_convert.core.protocols import AdapterFormat
+
+__all__ = ["FORMAT", "DiffusersFormat"]
+
+_HEADER = "lora_adapter_metadata"
+
+
+class DiffusersFormat:
+    """One file for all components of a pipeline."""
+
+    title = "diffusers, SimpleTuner"
+    weights = "pytorch_lora_weights.safetensors"
+
+    def detect(self, bundle: Bundle) -> bool:
+        """Whether factors go by PEFT's names with a component's before them."""
+        return is_diffusers(bundle)
+
+    def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
+        """See `AdapterFormat.read`."""
+        problems: list[str] = []
+        notes: list[str] = []
+        parts = image_parts(bundle, problems)
+        config = _config(bundle.metadata, problems)
+        found: dict[str, float] = {}
+        for component in _components(parts):
+            found |= _scalings(component, parts, config, problems)
+        if not config:
+            notes.append(
+                "the file does not say its alpha: taken as the rank, as diffusers takes it; if it "
+                "was trained with another, pass --scale ALPHA/RANK"
+            )
+        modules = image_modules(parts, found, axis, problems)
+        return whole_adapter("diffusers", bundle, parts, modules, notes=notes, problems=problems)
+
+    def write(self, adapter: Adapter) -> Bundle:
+        """See `AdapterFormat.write`: never possible."""
+        no_writer(self.title, "its scales are text in the header of the file")
+
+
+def _components(parts: ImageParts) -> list[str]:
+    """The names before the paths, dots included; none for paths that have none."""
+    return sorted({_component(path) for path in parts.modules})
+
+
+def _component(path: str) -> str:
+    return next((name for name in COMPONENTS if path.startswith(name)), "")
+
+
+def _config(metadata: Mapping[str, str], problems: list[str]) -> Json:
+    text = metadata.get(_HEADER)
+    if text is None:
+        return {}
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        problems.append(f"{_HEADER} in the file's header is not a JSON object")
+        return {}
+    return found
+
+
+def _scalings(
+    component: str, parts: ImageParts, config: Json, problems: list[str]
+) -> dict[str, float]:
+    """`alpha / rank` of one component's modules, by its part of the config."""
+    paths = [path for path in parts.modules if _component(path) == component]
+    own = {k.removeprefix(component): v for k, v in config.items() if k.startswith(component)}
+    if not own:
+        return dict.fromkeys(paths, 1.0)
+    fields = Fields(own, f"{_HEADER} of {component.rstrip('.')}", problems)
+    refuse_unmergeable(own, fields)
+    bare = {path.removeprefix(component): path for path in paths}
+    divisors = {name: alpha_divisor(parts.modules[path]) for name, path in bare.items()}
+    ranks = {name: rank for name, rank in divisors.items() if rank is not None}
+    by_name = scalings(sorted(bare), ranks, fields, problems)
+    return {bare[name]: value for name, value in by_name.items()}
+
+
+FORMAT: Final[AdapterFormat] = DiffusersFormat()
