@@ -105,6 +105,7 @@ class DoraModule:
     def transposed(self) -> DoraModule:
         """The same module for a weight that is stored `[in, out]`, as `weight` already is."""
         factors = self.factors
+        assert factors is not None or self.delta is None, self.path
         delta = factors.transposed() if factors is not None else None
         return replace(self, delta=delta, axis=self.axis.flipped)
 

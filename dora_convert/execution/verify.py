@@ -29,7 +29,7 @@ from dora_convert.core.plan import (
     ScaleBias,
 )
 from dora_convert.core.reports import Rounding, Verification
-from dora_convert.core.tensors import Slice, TensorRef, TensorSpec
+from dora_convert.core.tensors import Slice, TensorRef, TensorSpec, stored_name
 from dora_convert.errors import InputError
 from dora_convert.execution.formula import (
     blocks,
@@ -133,7 +133,7 @@ def _telling(check: Callable[[Job], None], tallies: Mapping[str, Tally]) -> Call
 def _has_layout(spec: TensorSpec, file: Path, tally: Tally) -> bool:
     """Whether the stored tensor has the type and the shape that were planned."""
     with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(spec.name)
+        stored = handle.get_slice(stored_name(spec.name))
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
     if (dtype, shape) == (spec.dtype.label, spec.shape):
         return True
@@ -171,7 +171,7 @@ def _sampled(
             headers[file] = {}
             with suppress(InputError):  # it is told of where it is read
                 headers[file] = read_header(file)
-        ref = headers[file].get(name)
+        ref = headers[file].get(stored_name(name))
         if ref is not None and len(ref.spec.shape) > 1:
             rows = _spans(ref.spec.shape[0], math.prod(ref.spec.shape[1:]), samples)
             spans = (ref.row_span(i, i + 1) for block in rows for i in block)
@@ -188,7 +188,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: Tally) -> N
         return
     if not shape:
         with safe_open(file, framework="pt") as handle:
-            same = _same_bits(handle.get_tensor(name).reshape(1, 1), _scalar(job))
+            same = _same_bits(handle.get_tensor(stored_name(name)).reshape(1, 1), _scalar(job))
         if not same:
             tally.differences.append(f"{name}: its value differs")
         return
@@ -207,7 +207,7 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: Tally) -> N
 def _compare_packed(job: Job, file: Path, tally: Tally) -> None:
     """Elements of 4 or 6 bits, which torch does not read: copied, byte for byte."""
     assert isinstance(job.op, Copy)
-    spec, copied = job.output, read_header(file)[job.output.name].source
+    spec, copied = job.output, read_header(file)[stored_name(job.output.name)].source
     source = job.op.source.source
     assert isinstance(copied, Slice)
     assert isinstance(source, Slice)

@@ -22,6 +22,7 @@ from dora_convert.core.tensors import (
     Pickled,
     Slice,
     TensorRef,
+    stored_name,
 )
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.weights import GGUF
@@ -32,7 +33,7 @@ __all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole", "who
 def rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
     """Rows of a stored tensor as a matrix, by safetensors' own reader."""
     with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(name)
+        stored = handle.get_slice(stored_name(name))
         if len(rows) == rows[-1] - rows[0] + 1:
             found: Tensor = stored[rows[0] : rows[-1] + 1]
         else:

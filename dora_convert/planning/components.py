@@ -20,7 +20,7 @@ from dora_convert.core.bundle import Checkpoint
 from dora_convert.core.tensors import COMPONENT_MARK
 from dora_convert.errors import MismatchError
 from dora_convert.planning.image_names import other_names
-from dora_convert.planning.names import Origin, Unsupported
+from dora_convert.planning.names import Origin, Rows, Unsupported
 
 __all__ = ["component_origins", "placed"]
 
@@ -54,7 +54,11 @@ _PREFIXES: Final = (
     (re.compile(r"first_stage_model\.|vae\."), _Role.NONE),
 )
 _FOLDERS: Final = ("unet", "transformer", "transformer_2", "prior", "decoder", "text_encoder")
-_TEXT: Final = ("text_model.", "encoder.block.", "transformer.resblocks.", "model.layers.")
+_CLIP: Final = "text_model."
+_TEXT: Final = (
+    *(_CLIP, "encoder.layers.", "embeddings.token_embedding."),
+    *("encoder.block.", "transformer.resblocks.", "model.layers."),
+)
 _WEIGHT: Final = ".weight"
 
 
@@ -173,17 +177,37 @@ def _prefix(name: str) -> tuple[str, _Role]:
 
 
 def _component(prefix: str, role: _Role, shapes: Mapping[str, tuple[int, ...]]) -> _Component:
-    origins = {name: _moved(origin, prefix) for name, origin in other_names(shapes).items()}
+    others = other_names(shapes)
     paths: dict[str, str] = {}
     # The base's own names win, and names with their dots over those without.
-    for names in (origins, shapes):
+    for names in (others, shapes):
         known = [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
-        flat: dict[str, list[str]] = defaultdict(list)
-        for path in known:
-            flat[_flat(path)].append(path)
-        paths |= {name: same[0] for name, same in flat.items() if len(same) == 1}
-        paths |= {path: path for path in known}
+        asked = {_clip(path): path for path in known} if role is _Role.TEXT else {}
+        asked |= {path: path for path in known}
+        flat: dict[str, set[str]] = defaultdict(set)
+        for name, path in asked.items():
+            flat[_flat(name)].add(path)
+        asked = {name: path for name, (path, *more) in flat.items() if not more} | asked
+        paths |= {name: _own_path(path, others, shapes) for name, path in asked.items()}
+    origins = {name: _moved(origin, prefix) for name, origin in others.items()}
     return _Component(prefix, role, paths, origins)
+
+
+def _clip(path: str) -> str:
+    """The same module of a CLIP as transformers called it before version 5, or has since."""
+    return path.removeprefix(_CLIP) if path.startswith(_CLIP) else _CLIP + path
+
+
+def _own_path(
+    path: str, others: Mapping[str, Origin], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    """What the base itself calls a module, if its weight is one whole tensor there."""
+    origin = others.get(path + _WEIGHT)
+    if not isinstance(origin, tuple) or len(origin) > 1 or not origin[0].tensor.endswith(_WEIGHT):
+        return path
+    stored = origin[0].tensor
+    whole = origin[0] == Rows(stored, 0, shapes[stored][0])
+    return stored.removesuffix(_WEIGHT) if whole else path
 
 
 def _moved(origin: Origin, prefix: str) -> Origin:

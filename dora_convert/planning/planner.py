@@ -9,7 +9,7 @@ from pathlib import Path
 from dora_convert.core.adapter import Adapter
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.plan import Plan
-from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.core.tensors import COMPONENT_MARK, DType, TensorRef
 from dora_convert.planning.checks import refuse_quantized
 from dora_convert.planning.documents import documents
 from dora_convert.planning.families import transposed_modules
@@ -69,7 +69,11 @@ def plan_merge(
     specs = [job.output for job in outputs.jobs.values()]
     matching.problems += vocabulary_problems(checkpoint, specs)
     quantization: Json = {}
-    if scheme is not None:
+    if scheme is not None and any(COMPONENT_MARK in name for name in checkpoint.tensors):
+        matching.problems.append(
+            "the models of a pipeline are quantised one by one: give the folder of one as the base"
+        )
+    elif scheme is not None:
         flipped = transposed_modules(checkpoint.config, transposed)
         outputs, kept = quantised(outputs, scheme, flipped, matching.problems)
         quantization = scheme.quantizer.config(kept)

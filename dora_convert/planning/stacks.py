@@ -118,7 +118,7 @@ STACKS: Mapping[str, Stack] = MappingProxyType(
         # comfy/lora.py, weight_adapter/lora.py: without alpha the scale is 1
         "comfyui": Stack(
             "ComfyUI",
-            forms=("diffusers",),
+            forms=("comfyui",),
             ranks=None,
             patterns=True,
             convolutions=True,

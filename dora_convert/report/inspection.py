@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from dora_convert.core.adapter import Adapter, DoraModule
 from dora_convert.core.reports import Figures, Group, Inspection
-from dora_convert.core.tensors import TensorRef
+from dora_convert.core.tensors import TensorRef, stored_name
 
 __all__ = ["inspection"]
 
@@ -27,7 +27,7 @@ def inspection(
     """`measure` gives the figures of some module paths together; None where there is no base."""
     by_group: dict[str, list[DoraModule]] = {}
     for path, module in adapter.modules.items():
-        key = path if per_module else path.rpartition(".")[2]
+        key = path if per_module else stored_name(path).rpartition(".")[2]
         by_group.setdefault(key, []).append(module)
     groups = tuple(_group(key, modules, measure) for key, modules in sorted(by_group.items()))
     kinds = sorted({kind for group in groups for kind in group.kinds})

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.fields import Fields
 from dora_convert.core.quantized import DECLARED_IN
-from dora_convert.core.tensors import DType
+from dora_convert.core.tensors import COMPONENT_MARK, DType
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import contents, leaves, list_files, require_inside, require_path
@@ -69,6 +69,7 @@ def open_checkpoint(
     if folder or weights.gguf:
         weights.faults += missing_shards(files)
     config = _config(root, weights)
+    weights.faults += _unspeakable(weights)
     raise_faults(root, weights.faults)
     if weights.gguf:
         config = _as_gguf(root, config, weights.gguf)
@@ -196,6 +197,13 @@ def _as_gguf(root: Path, config: Json, files: Sequence[GgufFile]) -> Json:
         "types": types,
     }
     return {**config, "quantization_config": words}
+
+
+def _unspeakable(weights: Weights) -> list[InputError]:
+    """Names that would be taken for those of a pipeline's models."""
+    marked = [quoted(name) for name in weights.tensors if COMPONENT_MARK in name]
+    what = f"names with {COMPONENT_MARK!r} in them are not read: {some(marked)}"
+    return [InputError(what)] if marked else []
 
 
 def is_declared(config: Json) -> bool:
