@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from dora_convert.planning.image_rules import SAME, Architecture, Group, Made, Rules
 
-__all__ = ["OPEN_CLIP", "UNET"]
+__all__ = ["OPEN_CLIPS", "UNET"]
 
 _RESNET: Rules = {
     "in_layers.0": "norm1",
@@ -124,32 +124,38 @@ UNET = Architecture(
     _blocks,
 )
 
-# convert_open_clip_checkpoint
-OPEN_CLIP = Architecture(
-    ("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight"),
-    (
-        "text_model.encoder.layers.0.self_attn.q_proj.weight",
-        "text_model.embeddings.token_embedding.weight",
-    ),
-    {
-        "token_embedding": "text_model.embeddings.token_embedding",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "ln_final": "text_model.final_layer_norm",
-        "text_projection": Made("text_projection.weight", transposed=True),
-    },
-    (
-        Group(
-            "transformer.resblocks.#",
-            "text_model.encoder.layers.#",
-            {
-                "ln_1": "layer_norm1",
-                "ln_2": "layer_norm2",
-                "mlp.c_fc": "mlp.fc1",
-                "mlp.c_proj": "mlp.fc2",
-                "attn.out_proj": "self_attn.out_proj",
-                "attn.in_proj_weight": " ".join(f"self_attn.{x}_proj.weight" for x in "qkv"),
-                "attn.in_proj_bias": " ".join(f"self_attn.{x}_proj.bias" for x in "qkv"),
-            },
+
+def _open_clip(below: str) -> Architecture:
+    """What convert_open_clip_checkpoint knows, with its names of transformers below a prefix."""
+    return Architecture(
+        ("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight"),
+        (
+            f"{below}encoder.layers.0.self_attn.q_proj.weight",
+            f"{below}embeddings.token_embedding.weight",
         ),
-    ),
-)
+        {
+            "token_embedding": f"{below}embeddings.token_embedding",
+            "positional_embedding": f"{below}embeddings.position_embedding.weight",
+            "ln_final": f"{below}final_layer_norm",
+            "text_projection": Made("text_projection.weight", transposed=True),
+        },
+        (
+            Group(
+                "transformer.resblocks.#",
+                f"{below}encoder.layers.#",
+                {
+                    "ln_1": "layer_norm1",
+                    "ln_2": "layer_norm2",
+                    "mlp.c_fc": "mlp.fc1",
+                    "mlp.c_proj": "mlp.fc2",
+                    "attn.out_proj": "self_attn.out_proj",
+                    "attn.in_proj_weight": " ".join(f"self_attn.{x}_proj.weight" for x in "qkv"),
+                    "attn.in_proj_bias": " ".join(f"self_attn.{x}_proj.bias" for x in "qkv"),
+                },
+            ),
+        ),
+    )
+
+
+# transformers 5 saves a CLIPTextModel without the prefix, and one with a projection with it.
+OPEN_CLIPS = (_open_clip("text_model."), _open_clip(""))

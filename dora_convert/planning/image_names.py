@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dora_convert.planning.image_ldm import OPEN_CLIP, UNET
+from dora_convert.planning.image_ldm import OPEN_CLIPS, UNET
 from dora_convert.planning.image_rules import Group, Made
 from dora_convert.planning.image_transformers import TRANSFORMERS
 from dora_convert.planning.names import Origin, Rows, Unsupported
@@ -38,7 +38,7 @@ def other_names(shapes: _Shapes) -> dict[str, Origin]:
     models that are not known. Names that both schemes share are left out, and so is what has not
     the shape that it should have.
     """
-    for known in (UNET, OPEN_CLIP, *TRANSFORMERS):
+    for known in (UNET, *OPEN_CLIPS, *TRANSFORMERS):
         for is_original, marks in ((True, known.original), (False, known.diffusers)):
             if all(mark in shapes for mark in marks):
                 more = known.more(shapes, is_original)

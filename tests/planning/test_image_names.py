@@ -318,6 +318,8 @@ def test_open_clip() -> None:
     )
     assert differences(bare, ours) == []
     assert differences(ours, bare) == []
+    short = {name.removeprefix("text_model."): tensor for name, tensor in ours.items()}
+    assert differences(short, bare) == []
 
 
 @pytest.mark.parametrize(
