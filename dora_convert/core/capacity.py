@@ -15,6 +15,7 @@ from dora_convert.core.adapter import (
     RowOrder,
 )
 from dora_convert.core.deltas import Hadamard, Kronecker, Tucker
+from dora_convert.core.tensors import COMPONENT_MARK
 
 __all__ = ["Capacity", "losses"]
 
@@ -46,6 +47,8 @@ class Capacity:
 def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
     """Every reason why the layout cannot hold the adapter; nothing may be dropped in silence."""
     found = [text for module in adapter.modules.values() for text in _module(module, capacity)]
+    if any(COMPONENT_MARK in path for path in adapter.modules):
+        found.append("it is for the models of a pipeline: give the folder of one as the base")
     if adapter.is_place_open:
         found.append("its modules are named as in a file of an image model: give the base")
     if adapter.is_axis_open:

@@ -101,9 +101,10 @@ def placed(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         component = _chosen(group, components)
         if component is None:
             lacking.append(group.prefix)
+            some = "1 module" if len(group.rests) == 1 else f"{len(group.rests)} modules"
             problems.append(
-                f"{group.prefix or 'names without a prefix'}: {len(group.rests)} modules of a "
-                f"{group.role.value}, none of which is in the base"
+                f"{group.prefix or 'names without a prefix'}: {some} of a {group.role.value}, "
+                "none of which is in the base"
             )
             continue
         for path, rest in group.rests.items():
