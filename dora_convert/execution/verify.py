@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dora_convert import quant
@@ -37,6 +37,7 @@ from dora_convert.execution.formula import (
     expected_rows,
     norms_of_columns,
 )
+from dora_convert.execution.handles import close_handles, handle
 from dora_convert.execution.tally import Tally, compare
 from dora_convert.execution.threads import in_threads
 from dora_convert.execution.witness import (
@@ -97,7 +98,10 @@ def verify(
             case _:
                 _compare_plain(job, file, samples, own)
 
-    in_threads(plan.jobs, _telling(check, tallies), workers)
+    try:
+        in_threads(plan.jobs, _telling(check, tallies), workers)
+    finally:
+        close_handles()
     tally = Tally()
     for job in plan.jobs:
         tally.add(tallies[job.output.name])
@@ -132,9 +136,8 @@ def _telling(check: Callable[[Job], None], tallies: Mapping[str, Tally]) -> Call
 
 def _has_layout(spec: TensorSpec, file: Path, tally: Tally) -> bool:
     """Whether the stored tensor has the type and the shape that were planned."""
-    with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(stored_name(spec.name))
-        dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+    stored = handle(file).get_slice(stored_name(spec.name))
+    dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
     if (dtype, shape) == (spec.dtype.label, spec.shape):
         return True
     tally.differences.append(
@@ -187,9 +190,8 @@ def _compare_plain(job: Job, file: Path, samples: int | None, tally: Tally) -> N
         _compare_packed(job, file, tally)
         return
     if not shape:
-        with safe_open(file, framework="pt") as handle:
-            same = _same_bits(handle.get_tensor(stored_name(name)).reshape(1, 1), _scalar(job))
-        if not same:
+        value = handle(file).get_tensor(stored_name(name))
+        if not _same_bits(value.reshape(1, 1), _scalar(job)):
             tally.differences.append(f"{name}: its value differs")
         return
     columns = math.prod(shape[1:])

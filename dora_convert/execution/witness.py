@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dora_convert import quant
@@ -24,6 +23,7 @@ from dora_convert.core.tensors import (
     TensorRef,
     stored_name,
 )
+from dora_convert.execution.handles import handle
 from dora_convert.storage.dtypes import TORCH
 from dora_convert.storage.weights import GGUF
 
@@ -32,12 +32,11 @@ __all__ = ["requantised", "rows_of", "source_rows", "stored_rows", "whole", "who
 
 def rows_of(file: Path, name: str, rows: Sequence[int]) -> Tensor:
     """Rows of a stored tensor as a matrix, by safetensors' own reader."""
-    with safe_open(file, framework="pt") as handle:
-        stored = handle.get_slice(stored_name(name))
-        if len(rows) == rows[-1] - rows[0] + 1:
-            found: Tensor = stored[rows[0] : rows[-1] + 1]
-        else:
-            found = torch.cat([stored[i : i + 1] for i in rows])
+    stored = handle(file).get_slice(stored_name(name))
+    if len(rows) == rows[-1] - rows[0] + 1:
+        found: Tensor = stored[rows[0] : rows[-1] + 1]
+    else:
+        found = torch.cat([stored[i : i + 1] for i in rows])
     return found.reshape(len(rows), -1)
 
 
@@ -86,8 +85,7 @@ def _viewed(ref: TensorRef) -> Tensor:
     elif isinstance(ref.source, Encoded):
         result = _decoded(ref.source, 0, ref.stored.shape[0])
     else:
-        with safe_open(ref.source.file, framework="pt") as handle:
-            result = handle.get_tensor(ref.stored.name)
+        result = handle(ref.source.file).get_tensor(ref.stored.name)
     for step in ref.view:
         match step:
             case Permuted(axes):
@@ -124,13 +122,12 @@ def _part(ref: TensorRef, window: Window | None) -> Tensor:
         return seen if window is None else seen.narrow(0, window.start, window.stop - window.start)
     if ref.source.file.suffix == GGUF:
         return _of_gguf(ref, ref.source.file, window)
-    with safe_open(ref.source.file, framework="pt") as handle:
-        stored = handle.get_slice(ref.stored.name)
-        as_seen = tuple(stored.get_shape()) == ref.spec.shape
-        if window is not None and window.axis == 0 and as_seen:
-            rows: Tensor = stored[window.start : window.stop]
-            return rows.view(TORCH[ref.spec.dtype])
-        whole: Tensor = handle.get_tensor(ref.stored.name)
+    stored = handle(ref.source.file).get_slice(ref.stored.name)
+    as_seen = tuple(stored.get_shape()) == ref.spec.shape
+    if window is not None and window.axis == 0 and as_seen:
+        rows: Tensor = stored[window.start : window.stop]
+        return rows.view(TORCH[ref.spec.dtype])
+    whole: Tensor = handle(ref.source.file).get_tensor(ref.stored.name)
     seen = whole.view(-1).view(TORCH[ref.spec.dtype]).view(ref.spec.shape)
     if window is None:
         return seen
