@@ -17,6 +17,9 @@ from dora_convert.storage.pairs import safetensors_file
 __all__ = ["FORMAT"]
 
 
+_TEXT = ("lora_linear_layer.down", "lora_linear_layer.up")
+
+
 class _Diffusers:
     title = "diffusers"
 
@@ -46,10 +49,13 @@ def _name(layer: LoraLayer, lora: Lora) -> str | None:
 
 def _pair(layer: LoraLayer, name: str, lora: Lora) -> Pair:
     down, up = factor_shapes(layer, lora.ranks[layer.path])
+    # Text encoders have names of their own (DIFFUSERS_TO_PEFT in utils/state_dict_utils.py).
+    is_text = name.startswith("text_encoder")
+    first, second = _TEXT if is_text else ("lora_A", "lora_B")
     return Pair(
         layer,
-        Factor(TensorSpec(f"{name}.lora_A.weight", lora.dtype, down)),
-        Factor(TensorSpec(f"{name}.lora_B.weight", lora.dtype, up)),
+        Factor(TensorSpec(f"{name}.{first}.weight", lora.dtype, down)),
+        Factor(TensorSpec(f"{name}.{second}.weight", lora.dtype, up)),
     )
 
 
