@@ -43,6 +43,7 @@ COMPONENTS = (
     *("text_encoder.", "text_encoder_2.", "text_encoder_3.", "text_encoder_4."),
 )
 _A = ".lora_A.weight"
+_FACTORS = (_A, ".lora_linear_layer.down.weight")
 _MAGNITUDE = "magnitude"
 # A file that was dumped as it is in memory has the adapter's name in it.
 _NAMED = r"(?:\.default)?"
@@ -101,7 +102,7 @@ def is_diffusers(bundle: Bundle) -> bool:
 
 
 def _is_a(name: str) -> bool:
-    return name.endswith(_A)
+    return name.endswith(_FACTORS)
 
 
 @dataclass(slots=True)

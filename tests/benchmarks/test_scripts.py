@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
         "to_lora.py --tiny --rounds 1 --ranks 4 --depth 1,2",
         "to_lora_7b.py --tiny --layers 2",
         "peers.py --tiny --rounds 1 --layers 1",
+        "image.py --tiny --rounds 1",
     ],
 )
 def test_it_runs(command: str, tmp_path: Path) -> None:
