@@ -218,7 +218,7 @@ def alpha_divisor(tensors: Mapping[str, TensorRef]) -> int | None:
     """What a module's alpha is divided by; None where LyCORIS makes no use of it."""
     for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         shape = tensors[part].spec.shape if part in tensors else ()
-        if shape:
+        if shape and shape[0]:
             return shape[0]
     return None
 

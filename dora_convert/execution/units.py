@@ -9,6 +9,7 @@ from dora_convert import quant
 from dora_convert.core.adapter import MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Cast, Copy, Job, Merge, PatchRows, Plan, Quantise, ScaleBias
 from dora_convert.core.tensors import Encoded, Slice, TensorRef
+from dora_convert.storage.header import file_order
 
 __all__ = ["Unit", "is_two_pass", "units"]
 
@@ -41,10 +42,18 @@ def is_two_pass(job: Job) -> bool:
 
 
 def units(plan: Plan) -> Iterator[Unit]:
-    """All units, in the order of shards and of tensors in them."""
+    """All units, in the order of shards and of tensors in their files.
+
+    What is written from a file's front on is hashed as it comes; a base's header may have tensors
+    in another order than their bytes.
+    """
     for index, shard in enumerate(plan.shards):
-        for job in shard.jobs:
+        for job in sorted(shard.jobs, key=_place):
             yield from _cut(index, job)
+
+
+def _place(job: Job) -> tuple[int, str]:
+    return file_order(max(job.stored, key=lambda spec: spec.nbytes))
 
 
 def _cut(shard: int, job: Job) -> Iterator[Unit]:

@@ -22,7 +22,7 @@ from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec, store
 from dora_convert.errors import InputError
 from dora_convert.storage.opening import opened, pread_exactly, quoted
 
-__all__ = ["PT_METADATA", "Layout", "layout", "read_header"]
+__all__ = ["PT_METADATA", "Layout", "file_order", "layout", "read_header"]
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
@@ -83,13 +83,18 @@ class Layout:
     size: int
 
 
+def file_order(spec: TensorSpec) -> tuple[int, str]:
+    """What a file's tensors are sorted by: alignment, the widest first, then the name."""
+    return -spec.dtype.order, stored_name(spec.name)
+
+
 def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADATA) -> Layout:
     """Lay tensors out as safetensors' own writer does, byte for byte.
 
-    It sorts by alignment, the widest first, then by name, and pads with spaces to 8 bytes.
+    It sorts them (`file_order`) and pads the header with spaces to 8 bytes.
     Tensors of a pipeline's component are stored under what they are called in it.
     """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.order, stored_name(spec.name)))
+    ordered = sorted(specs, key=file_order)
     body: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0

@@ -21,6 +21,7 @@ from dora_convert.execution.run import run
 from dora_convert.execution.units import Unit
 from dora_convert.storage import channel, chunks
 from dora_convert.storage import parts as parts_of_files
+from dora_convert.storage.header import layout
 from dora_convert.storage.pickled import read_pickle_header
 from dora_convert.storage.roads import Roads
 
@@ -286,6 +287,18 @@ def test_a_base_that_shrinks_while_it_is_read(tmp_path: Path, store: Store, op: 
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="became shorter"):
         run(plan, tmp_path / "out", workers=2, listener=Recorder())
+
+
+def test_tensors_are_written_in_the_order_of_their_file(store: Store) -> None:
+    """Not in that of the base's header: what is written from the front on is hashed as it comes."""
+    kinds = {"b": DType.F32, "c": DType.F16, "a": DType.F16, "d": DType.F64}
+    base = store(w=random(4, 4))["w"]
+    plan = plan_of({name: (Cast(base), kind, (4, 4)) for name, kind in kinds.items()})
+    specs = plan.shards[0].specs
+    starts = layout(specs).starts
+    found = [unit.job.output.name for unit in units.units(plan)]
+    assert found == sorted(found, key=lambda name: starts[name]) == ["d", "b", "a", "c"]
+    assert [spec.name for spec in specs] == list(kinds)
 
 
 def test_two_files_grow_at_a_time(store: Store) -> None:

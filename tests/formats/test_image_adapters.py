@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dora_convert.core.adapter import Adapter, LayerKind, MagnitudeAxis
 from dora_convert.core.bundle import Bundle
@@ -326,3 +328,39 @@ def test_a_config_beside_makes_it_pefts() -> None:
     held = bundle(shapes, {"peft_type": "LORA"})
     assert detect(held) == "peft"
     assert isinstance(held, Bundle)
+
+
+NAMES = st.sampled_from(
+    [
+        *("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale"),
+        *("lora_A.weight", "lora_B.weight", "magnitude", "lora_magnitude_vector"),
+        *(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+        *(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+    ]
+)
+SHAPES = st.lists(st.integers(0, 4), max_size=5).map(tuple)
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from(["kohya", "diffusers", "ai_toolkit"]),
+    st.dictionaries(st.tuples(st.sampled_from(["unet.a", "lora_unet_b"]), NAMES), SHAPES),
+    st.sampled_from([None, IN, OUT]),
+)
+def test_any_shapes_are_understood_or_refused(
+    name: str, parts: dict[tuple[str, str], tuple[int, ...]], axis: MagnitudeAxis | None
+) -> None:
+    held = bundle({f"{path}.{part}": shape for (path, part), shape in parts.items()}, None)
+    try:
+        found = formats.get(name).read(replace(held, scalars={"unet.a.alpha": 2.0}), axis=axis)
+    except InputError:
+        return
+    for module in found.modules.values():
+        assert module.delta is not None
+        out, inner = module.delta.shape
+        assert out > 0
+        assert inner > 0
+        assert module.delta.rank > 0
+        if module.magnitude is not None:
+            length = module.magnitude.spec.numel
+            assert length == out if module.axis is OUT else inner % length == 0

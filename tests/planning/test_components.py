@@ -144,4 +144,3 @@ def test_a_plan_of_a_pipeline() -> None:
     plan = plan_merge(place(base, f"unet.{Q}"), base).plan
     assert {shard.file for shard in plan.shards} == set(places.values())
     assert not plan.documents
-
