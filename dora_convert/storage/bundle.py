@@ -8,14 +8,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from dora_convert.core.bundle import Bundle, Json
 from dora_convert.core.globs import matches_any
 from dora_convert.core.tensors import DType, Pickled, Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage.documents import read_json
 from dora_convert.storage.folders import contents, list_files, require_inside, require_path
+from dora_convert.storage.header import read_metadata
 from dora_convert.storage.opening import opened, pread_exactly
 from dora_convert.storage.oserrors import reading
 from dora_convert.storage.weights import (
@@ -130,8 +129,7 @@ def _metadata(root: Path, files: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
         if file.endswith(".safetensors"):
-            with reading(root / file), safe_open(root / file, framework="np") as opened_file:
-                found |= opened_file.metadata() or {}
+            found |= read_metadata(root / file)
     return found
 
 

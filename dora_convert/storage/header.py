@@ -22,7 +22,7 @@ from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec, store
 from dora_convert.errors import InputError
 from dora_convert.storage.opening import opened, pread_exactly, quoted
 
-__all__ = ["PT_METADATA", "Layout", "file_order", "layout", "read_header"]
+__all__ = ["PT_METADATA", "Layout", "file_order", "layout", "read_header", "read_metadata"]
 
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
@@ -116,6 +116,16 @@ def layout(specs: Iterable[TensorSpec], metadata: Mapping[str, str] = PT_METADAT
 
 def read_header(file: Path) -> dict[str, TensorRef]:
     """Read what a safetensors file holds, in the order of its header, and none of its data."""
+    return _parsed(file).refs
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the text that its writer left in the header."""
+    found: dict[str, str] | None = json.loads(_parsed(file).metadata)
+    return found or {}
+
+
+def _parsed(file: Path) -> _Header:
     try:
         with opened(file) as (fd, size):
             length = _length(fd, file, size)
@@ -125,7 +135,7 @@ def read_header(file: Path) -> dict[str, TensorRef]:
         header.check_cover(size - 8 - length)
     except _FaultError as fault:
         raise InputError(f"{file.name} {fault}", where=str(file), hint=fault.hint) from fault
-    return header.refs
+    return header
 
 
 class _FaultError(ValueError):
@@ -165,6 +175,7 @@ class _Header:
 
     def __init__(self, file: Path, data: int) -> None:
         self.refs: dict[str, TensorRef] = {}
+        self.metadata = "null"
         self._file = file
         self._data = data  # where the tensors' bytes begin
         self._begins: list[int] = []
@@ -180,6 +191,8 @@ class _Header:
                 raise _FaultError(f"names {quoted(name)} twice in its header")
             if name == "__metadata__":
                 metadata = True
+                assert isinstance(value, str)
+                self.metadata = value
                 continue
             if len(refs) == _MAX_TENSORS:
                 raise _FaultError(f"holds more than {_MAX_TENSORS} tensors")

@@ -11,7 +11,7 @@ import pytest
 from dora_convert.core.tensors import DType, Slice, TensorRef, TensorSpec
 from dora_convert.errors import InputError
 from dora_convert.storage import header
-from dora_convert.storage.header import read_header
+from dora_convert.storage.header import read_header, read_metadata
 
 from .conftest import put, raw
 
@@ -61,6 +61,22 @@ def test_reads_literal_bytes(tmp_path: Path) -> None:
 )
 def test_no_tensors(tmp_path: Path, text: str) -> None:
     assert read_header(put(tmp_path, raw(text))) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{}", {}),
+        ('{"__metadata__": null}', {}),
+        ('{"__metadata__": {}}', {}),
+        ('{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"__metadata__":{"k":"v\\u00e9"}}',
+         {"k": "vé"}),
+    ],
+)  # fmt: skip
+def test_metadata(tmp_path: Path, text: str, expected: dict[str, str]) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(raw(text))
+    assert read_metadata(file) == expected
 
 
 def test_white_space_and_escapes(tmp_path: Path) -> None:
