@@ -132,7 +132,7 @@ def write_by_shard(
                 continue
             complete(sources[i])
             progress.done.append(_write(replace(plan, shards=(shard,)), staging.dir, how, progress))
-            if how.upload is None or how.upload.take(staging.dir / shard.file, base):
+            if how.upload is None or how.upload.take(shard.file, staging.dir / shard.file, base):
                 how.journal.add(progress.done[-1])
             forget(sources[i].difference(*sources[i + 1 : i + 2]))
         complete({doc.source for doc in plan.documents if isinstance(doc, CarriedFile)})

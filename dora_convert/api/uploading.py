@@ -73,16 +73,16 @@ class Upload:
         where = "a pull request" if self._how.create_pr else self._how.revision
         return self._target.ref.repo + (f" ({where})" if where else "")
 
-    def take(self, shard: Path, origin: str | None = None) -> bool:
-        """Send a shard, or have the Hub copy it from `origin`, its base; and delete it here.
+    def take(self, name: str, shard: Path, origin: str | None = None) -> bool:
+        """Send a shard, to be called `name`, or have the Hub copy it from `origin`, its base.
 
-        Whether it was sent, and not left for the commit.
+        Then delete it here. Whether it was sent, and not left for the commit.
         """
         with sentences(self._target.api, self._target.ref):
             self._upload = self._upload or begin(self._target, self._how, origin)
-            self._sizes[shard.name] = shard.stat().st_size
+            self._sizes[name] = shard.stat().st_size
             with without_bars():
-                sent = self._upload.add(shard.name, shard, at_once=True)
+                sent = self._upload.add(name, shard, at_once=True)
         if sent:
             with writing(shard):
                 shard.unlink()
@@ -186,7 +186,7 @@ class Offering:
     def offer(self, file: str) -> None:
         """A shard is there, and the journal knows it."""
         if self.ahead is not None:
-            self.ahead.offer(self.folder / file, self.origin)
+            self.ahead.offer(file, self.folder / file, self.origin)
 
     def settle(self) -> None:
         """Wait for the shard that is being sent: the folder is about to get its name."""

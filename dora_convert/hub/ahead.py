@@ -25,13 +25,16 @@ class Ahead:
         self._repo = repo
         self._to = to
         self._upload: Upload | None = None
-        self._queue: queue.SimpleQueue[tuple[Path, str | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[str, Path, str | None] | None] = queue.SimpleQueue()
         self._is_over = False
         self._thread: threading.Thread | None = None
 
-    def offer(self, file: Path, origin: str | None = None) -> None:
-        """A file is complete; `origin`, as `org/name@commit`, is where its contents may be from."""
-        self._queue.put((file, origin))
+    def offer(self, name: str, file: Path, origin: str | None = None) -> None:
+        """A file is complete, and will be called `name`.
+
+        `origin`, as `org/name@commit`, is where its contents may be from.
+        """
+        self._queue.put((name, file, origin))
         if self._thread is None:
             self._thread = self._started()
 
@@ -59,12 +62,12 @@ class Ahead:
 
     def _send(self) -> None:
         while (item := self._queue.get()) is not None and not self._is_over:
-            file, origin = item
+            name, file, origin = item
             try:
                 if self._upload is None:
                     target = look_at(self._repo, self._to)
                     self._upload = begin(target, self._to, origin)
                 with without_bars():
-                    self._upload.add(file.name, file, at_once=True)
+                    self._upload.add(name, file, at_once=True)
             except Exception:
                 return
