@@ -199,8 +199,11 @@ def whole_adapter(
             problems=[*problems, *told],
             hint="Tensors that may be left out are named with --ignore GLOB." if told else "",
         )
-    if all(module.magnitude is None for module in modules.values()):
+    plain = sum(module.magnitude is None for module in modules.values())
+    if plain == len(modules):
         notes = [*notes, "plain LoRA: the adapter holds no magnitude"]
+    elif plain:
+        notes = [*notes, f"{plain} of {len(modules)} modules hold no magnitude: plain LoRA"]
     return Adapter(name, dict(modules), is_place_open=True, notes=tuple(notes))
 
 

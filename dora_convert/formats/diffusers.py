@@ -58,6 +58,10 @@ class DiffusersFormat:
                 "was trained with another, pass --scale ALPHA/RANK"
             )
         modules = image_modules(parts, found, axis, problems)
+        without = [path for path, module in modules.items() if module.magnitude is None]
+        if 0 < len(without) < len(modules):
+            # PEFT trains one for each; where it is missing diffusers takes that of the start.
+            problems += [f"{path}: lora_magnitude_vector is missing" for path in without]
         return whole_adapter("diffusers", bundle, parts, modules, notes=notes, problems=problems)
 
     def write(self, adapter: Adapter) -> Bundle:

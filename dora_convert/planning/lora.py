@@ -11,7 +11,7 @@ from dora_convert.core.adapter import Adapter, BiasRule, DoraModule, LayerKind
 from dora_convert.core.bundle import Checkpoint, Json
 from dora_convert.core.lora import LoraLayer
 from dora_convert.core.plan import Merge, Piece, Plan
-from dora_convert.core.tensors import DType, TensorRef
+from dora_convert.core.tensors import COMPONENT_MARK, DType, TensorRef
 from dora_convert.planning.families import head_of, is_tied
 from dora_convert.planning.names import Unsupported
 from dora_convert.planning.planner import Proposal
@@ -30,6 +30,7 @@ __all__ = [
     "targets",
 ]
 
+_FOR_PIPELINES = ("comfyui", "diffusers")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # Layers that stacks fuse into one matrix: a pair for one needs pairs for all.
 _FUSED = (
@@ -73,6 +74,9 @@ def stack_problems(adapter: Adapter, checkpoint: Checkpoint, stack: Stack) -> li
     """What the stack cannot hold of this adapter: nothing of it may be dropped in silence."""
     models = [str(name) for name in checkpoint.config.get("architectures") or ["unknown"]]
     problems = []
+    several = next((path for path in adapter.modules if COMPONENT_MARK in path), None)
+    if several is not None and stack.forms[0] not in _FOR_PIPELINES:
+        problems.append(f"{several}: one of several models; give the folder of one as the base")
     if stack.models and stack.models.isdisjoint(models):
         problems.append(f"{models[0]}: only {', '.join(sorted(stack.models))} are taken")
     tied = _tied(checkpoint) and not stack.tied

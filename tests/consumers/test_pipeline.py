@@ -195,6 +195,13 @@ def test_the_same_for_comfyui(trained: Trained, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
 
+@pytest.mark.parametrize("stack", ["peft", "any"])
+def test_no_folder_of_peft_for_several_models(trained: Trained, tmp_path: Path, stack: str) -> None:
+    with pytest.raises(MismatchError) as caught:
+        to_lora(trained, tmp_path / "lora", stack)
+    assert any("one of several models" in problem for problem in caught.value.problems)
+
+
 def test_converted_for_one_model(trained: Trained, tmp_path: Path) -> None:
     """A file of diffusers becomes an adapter of PEFT, once it is known of which model."""
     how = api.ConvertOptions(format="peft")

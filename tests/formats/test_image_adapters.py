@@ -229,7 +229,8 @@ def peft(path: str, out: int = 6, inner: int = 4, rank: int = 2) -> Shapes:
     }
 
 
-BOTH = peft("unet.mid.to_q") | peft("unet.mid.to_k", rank=4) | peft("text_encoder.q_proj")
+Q = "unet.mid.to_q"
+BOTH = peft(Q) | peft("unet.mid.to_k", rank=4) | peft("text_encoder.q_proj")
 CONFIG = {
     "unet.r": 2,
     "unet.lora_alpha": 8,
@@ -247,6 +248,13 @@ def test_scale_of_every_component() -> None:
     scales = {path: module.scaling for path, module in found.modules.items()}
     assert scales == {"unet.mid.to_q": 4, "unet.mid.to_k": 2, "text_encoder.q_proj": 1}
     assert found.notes == ()
+
+
+def test_a_magnitude_that_is_missing() -> None:
+    shapes = {name: shape for name, shape in BOTH.items() if name != f"{Q}.lora_magnitude_vector"}
+    assert problems(shapes) == (f"{Q}: lora_magnitude_vector is missing",)
+    found = read(lora("lora_unet_a") | SCALED | lora("lora_unet_b"))
+    assert found.notes == ("1 of 2 modules hold no magnitude: plain LoRA",)
 
 
 def test_no_scale_at_all() -> None:
