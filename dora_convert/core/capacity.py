@@ -29,6 +29,7 @@ class Capacity:
     without a magnitude; `magnitude_only`: modules without factors. `magnitudes`: what its values
     mean. `bias`: what its forward does with a bias. `one_scaling`: it has one scaling for all.
     `replaced`, `token_rows`, `weights`: tensors trained whole, single rows, copies of the base's.
+    `pipelines`: modules of several models.
     """
 
     kinds: frozenset[LayerKind] = frozenset()
@@ -42,12 +43,13 @@ class Capacity:
     replaced: bool = False
     token_rows: bool = False
     weights: bool = False
+    pipelines: bool = False
 
 
 def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
     """Every reason why the layout cannot hold the adapter; nothing may be dropped in silence."""
     found = [text for module in adapter.modules.values() for text in _module(module, capacity)]
-    if any(COMPONENT_MARK in path for path in adapter.modules):
+    if any(COMPONENT_MARK in path for path in adapter.modules) and not capacity.pipelines:
         found.append("it is for the models of a pipeline: give the folder of one as the base")
     if adapter.is_place_open:
         found.append("its modules are named as in a file of an image model: give the base")

@@ -19,7 +19,7 @@ from dora_convert.core.peft_config import CONFIG
 from dora_convert.core.tensors import TensorRef
 from dora_convert.errors import InputError
 
-__all__ = ["PEFT_PREFIX", "alpha_of", "peft_bundle"]
+__all__ = ["PEFT_PREFIX", "alpha_of", "lora_config", "peft_bundle", "peft_parts", "unlike"]
 
 PEFT_PREFIX = "base_model.model."
 
@@ -40,17 +40,12 @@ def peft_bundle(adapter: Adapter) -> Bundle:
     Raises InputError for what PEFT has no place for.
     """
     problems = losses(adapter, _CAPACITY)
-    by_magnitude = Counter(module.magnitude is not None for module in adapter.modules.values())
-    if len(by_magnitude) > 1:
-        problems.append(
-            f"{by_magnitude[False]} modules have no magnitude and {by_magnitude[True]} have one: "
-            "use_dora holds for all"
-        )
+    problems += unlike(adapter)
     if problems:
         raise InputError("PEFT's layout cannot hold this adapter", problems=problems)
     tensors: dict[str, TensorRef] = {}
     for path, module in adapter.modules.items():
-        for part, ref in _parts(module):
+        for part, ref in peft_parts(module):
             tensors[f"{PEFT_PREFIX}{path}.{part}"] = ref
     for path, rows in adapter.token_rows.items():
         name = f"{PEFT_PREFIX}{path}.token_adapter."
@@ -60,10 +55,28 @@ def peft_bundle(adapter: Adapter) -> Bundle:
     for name, ref in adapter.replaced.items():
         tensors[PEFT_PREFIX + _saved_name(name, adapter)] = ref
     renamed = {name: tensors[name].renamed(name) for name in sorted(tensors)}
-    return Bundle(Path(), renamed, {CONFIG: _config(adapter)})
+    return Bundle(Path(), renamed, {CONFIG: lora_config(adapter)})
 
 
-def _parts(module: DoraModule) -> Iterator[tuple[str, TensorRef]]:
+def unlike(adapter: Adapter) -> list[str]:
+    """Modules that cannot be in one config of PEFT, or have no shape there."""
+    problems = []
+    modules = adapter.modules.values()
+    by_magnitude = Counter(module.magnitude is not None for module in modules)
+    if len(by_magnitude) > 1:
+        problems.append(
+            f"{by_magnitude[False]} modules have no magnitude and {by_magnitude[True]} have one: "
+            "use_dora holds for all"
+        )
+    return problems + [
+        f"{module.path}: a convolution, of whose kernel the file says nothing"
+        for module in modules
+        if _is_conv(module) and module.factors is not None and not module.factors.kernel
+    ]
+
+
+def peft_parts(module: DoraModule) -> Iterator[tuple[str, TensorRef]]:
+    """A module's tensors by what comes after its path, in PEFT's shapes."""
     delta, vector = module.factors, module.magnitude
     assert delta is not None
     if module.kind is LayerKind.EMBEDDING:
@@ -106,7 +119,8 @@ def _saved_name(name: str, adapter: Adapter) -> str:
     return f"{path}.base_layer.bias" if leaf == "bias" and path in adapter.modules else name
 
 
-def _config(adapter: Adapter) -> dict[str, Any]:
+def lora_config(adapter: Adapter) -> dict[str, Any]:
+    """What PEFT has in `adapter_config.json`; ranks and alphas by pattern where they differ."""
     ranks = {path: m.delta.rank for path, m in adapter.modules.items() if m.delta is not None}
     alphas = {path: alpha_of(adapter.modules[path].scaling, rank) for path, rank in ranks.items()}
     rank, alpha = _commonest(ranks, 8), _commonest(alphas, 8)

@@ -58,7 +58,7 @@ def _is_archive(file: Path) -> bool:
 
 def source_rows(ref: TensorRef, rows: Sequence[int]) -> Tensor:
     """Rows of a plan's source as a matrix; float32 where they are decoded."""
-    if not ref.is_contiguous:
+    if not ref.is_contiguous or ref.spec.shape[:1] != ref.stored.shape[:1]:
         return _viewed(ref).reshape(ref.spec.shape[0], -1)[list(rows)]
     if isinstance(ref.source, Encoded):
         return torch.cat([_decoded(ref.source, *run) for run in _runs(rows)])

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
-from dora_convert.core.adapter import Adapter, MagnitudeAxis
+from dora_convert.core.adapter import Adapter, DoraModule, LayerKind, MagnitudeAxis
 from dora_convert.core.bundle import Bundle, Json
+from dora_convert.core.capacity import Capacity, losses
 from dora_convert.core.fields import Fields
 from dora_convert.core.image_adapter import (
     COMPONENTS,
@@ -22,15 +25,30 @@ from dora_convert.core.image_adapter import (
     image_modules,
     image_parts,
     is_diffusers,
-    no_writer,
     whole_adapter,
 )
 from dora_convert.core.peft_config import refuse_unmergeable, scalings
+from dora_convert.core.peft_files import lora_config, peft_parts, unlike
 from dora_convert.core.protocols import AdapterFormat
+from dora_convert.core.tensors import COMPONENT_MARK, TensorRef
+from dora_convert.errors import InputError
 
 __all__ = ["FORMAT", "DiffusersFormat"]
 
 _HEADER = "lora_adapter_metadata"
+_CAPACITY = Capacity(kinds=frozenset({LayerKind.CONVOLUTION}), plain=True, pipelines=True)
+# What decides the scales, and what PEFT has to know to make the layers.
+_KEPT = (
+    *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "r"),
+    *("rank_pattern", "target_modules", "use_dora", "use_rslora"),
+)
+# Factors of text encoders have names of their own (DIFFUSERS_TO_PEFT in utils/state_dict_utils.py),
+# and transformers 5 drops, with a warning, a magnitude without the last part of its name.
+_TEXT = {
+    "lora_magnitude_vector": "lora_magnitude_vector.weight",
+    "lora_A.weight": "lora_linear_layer.down.weight",
+    "lora_B.weight": "lora_linear_layer.up.weight",
+}
 
 
 class DiffusersFormat:
@@ -65,8 +83,36 @@ class DiffusersFormat:
         return whole_adapter("diffusers", bundle, parts, modules, notes=notes, problems=problems)
 
     def write(self, adapter: Adapter) -> Bundle:
-        """See `AdapterFormat.write`: never possible."""
-        no_writer(self.title, "its scales are text in the header of the file")
+        """See `AdapterFormat.write`; for the models of a pipeline, whose names come first."""
+        problems = losses(adapter, _CAPACITY) + unlike(adapter)
+        problems += [
+            f"{path}: of which model of a pipeline is not known: give the pipeline as the base"
+            for path in adapter.modules
+            if COMPONENT_MARK not in path and not adapter.is_place_open
+        ]
+        if problems:
+            raise InputError("diffusers' layout cannot hold this adapter", problems=problems)
+        tensors: dict[str, TensorRef] = {}
+        config: dict[str, Any] = {}
+        for component, own in _by_component(adapter).items():
+            names = _TEXT if component.startswith("text_encoder") else {}
+            for path, module in own.modules.items():
+                for part, ref in peft_parts(module):
+                    tensors[f"{component}.{path}.{names.get(part, part)}"] = ref
+            settings = lora_config(own)
+            config |= {f"{component}.{key}": settings[key] for key in _KEPT}
+        renamed = {name: tensors[name].renamed(name) for name in sorted(tensors)}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        return Bundle(Path(), renamed, metadata={"format": "pt", _HEADER: text})
+
+
+def _by_component(adapter: Adapter) -> dict[str, Adapter]:
+    """What the adapter has for each model of a pipeline, with the paths in that."""
+    modules: dict[str, dict[str, DoraModule]] = {}
+    for full, module in adapter.modules.items():
+        component, _, path = full.partition(COMPONENT_MARK)
+        modules.setdefault(component, {})[path] = module
+    return {name: replace(adapter, modules=own) for name, own in sorted(modules.items())}
 
 
 def _components(parts: ImageParts) -> list[str]:

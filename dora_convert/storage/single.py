@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from dora_convert.errors import OutputError
+from dora_convert.storage.header import layout, read_header
 from dora_convert.storage.oserrors import writing
 from dora_convert.storage.publishing import sync
 
-__all__ = ["check_file", "whole_file"]
+__all__ = ["check_file", "say_in_header", "whole_file"]
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -40,3 +42,16 @@ def whole_file(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def say_in_header(file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a finished safetensors file anew, with other text in its header.
+
+    Raises OutputError.
+    """
+    specs = [ref.spec for ref in read_header(file).values()]
+    head = layout(specs, metadata).head
+    with whole_file(file) as partial, file.open("rb") as source, partial.open("xb") as target:
+        target.write(head)
+        source.seek(8 + int.from_bytes(source.read(8), "little"))
+        shutil.copyfileobj(source, target)

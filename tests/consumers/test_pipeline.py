@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_convert import api
@@ -193,6 +193,58 @@ def test_the_same_for_comfyui(trained: Trained, tmp_path: Path) -> None:
             expected[f"{path}.{part}.weight"] = tensor
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def kohya(trained: Trained, file: Path) -> None:
+    """The same adapter as LyCORIS would have written it: flat names, alphas, `[out, 1...]`."""
+    prefixes = {"unet.": "lora_unet_", "text_encoder.": "lora_te_text_model_"}
+    parts = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    tensors = {}
+    (source,) = trained.adapter.glob("*.safetensors")
+    for name, tensor in load_file(source).items():
+        prefix = next(start for start in prefixes if name.startswith(start))
+        path, _, part = name.removeprefix(prefix).rpartition(".lora_")
+        flat = prefixes[prefix] + path.replace(".", "_")
+        tensors[f"{flat}.alpha"] = torch.tensor(8.0)
+        if part == "magnitude_vector":
+            inner = len(load_file(source)[f"{prefix}{path}.lora_B.weight"].shape) - 1
+            tensors[f"{flat}.dora_scale"] = tensor.reshape(-1, *(1,) * inner)
+        else:
+            tensors[f"{flat}.{parts[f'lora_{part}']}"] = tensor
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("source", ["diffusers", "kohya"])
+def test_converted_for_diffusers(trained: Trained, tmp_path: Path, source: str) -> None:
+    """diffusers loads no `dora_scale`; in its own layout it runs the DoRA, scales and all."""
+    adapter = trained.adapter
+    if source == "kohya":
+        adapter = tmp_path / "lycoris.safetensors"
+        kohya(trained, adapter)
+    out = tmp_path / "out"
+    api.convert(adapter, out, base=trained.base, how=api.ConvertOptions(format="diffusers"))
+    pipeline = loaded(trained.base)
+    with quiet():
+        pipeline.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
+    found = outputs(pipeline.unet, pipeline.text_encoder)
+    for ours, wanted in zip(found, outputs(trained.unet, trained.text_encoder), strict=True):
+        assert distance(ours, wanted) < 1e-5
+    # Nothing was lost on the way: what is merged from it is the same, byte for byte.
+    for name, given in (("one", trained.adapter), ("other", out)):
+        api.merge(given, tmp_path / name, base=trained.base)
+    for file in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    assert not api.verify(out).differences
+
+
+def test_converted_for_diffusers_without_a_pipeline(trained: Trained, tmp_path: Path) -> None:
+    how = api.ConvertOptions(format="diffusers")
+    options = api.ReadOptions(exclude=["text_encoder.*"])
+    with pytest.raises(InputError) as caught:
+        api.convert(
+            trained.adapter, tmp_path / "out", base=trained.base / "unet", options=options, how=how
+        )
+    assert all("give the pipeline as the base" in problem for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize("stack", ["peft", "any"])

@@ -190,6 +190,24 @@ def test_one_magnitude_for_each_input_of_what_is_cut(tmp_path: Path) -> None:
     assert "a magnitude per input needs the whole weight" in caught.value.problems[0]
 
 
+def test_fused_modules_have_no_place_in_another_layout(tmp_path: Path) -> None:
+    theirs = random_base("Flux dev")
+    ours = converted(MODELS["Flux dev"], dict(theirs))
+    save_file({k: v.contiguous() for k, v in ours.items()}, tmp_path / "base.safetensors")
+    path = "double_blocks.0.img_attn.qkv"
+    adapter = trained({path: theirs[f"{path}.weight"]}, "lora_unet_", flat=True)
+    save_file(adapter, tmp_path / "adapter.safetensors")
+    how = api.ConvertOptions(format="peft")
+    with pytest.raises(MismatchError, match="cut or fused in this base") as caught:
+        api.convert(
+            tmp_path / "adapter.safetensors",
+            tmp_path / "out",
+            base=tmp_path / "base.safetensors",
+            how=how,
+        )
+    assert caught.value.problems == (path,)
+
+
 # to-lora
 
 
