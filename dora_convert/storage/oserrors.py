@@ -56,6 +56,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _require_memory(error)
         reason, hint = _explain(error, _READING)
         what = f"{path.name or path} cannot be read: {reason}"
         raise InputError(what, where=str(path), hint=hint) from error
@@ -67,6 +68,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        _require_memory(error)
         reason, hint = _explain(error, _WRITING)
         what = f"{path.name or path} cannot be written: {reason}"
         raise OutputError(what, where=str(path), hint=hint) from error
@@ -87,6 +89,12 @@ def enough_memory(name: str = "") -> Iterator[None]:
         for note in getattr(error, "__notes__", ()):
             told_in_full.add_note(note)
         raise told_in_full from error
+
+
+def _require_memory(error: OSError) -> None:
+    """A lack of memory is no fault of the file that was just in hand."""
+    if error.errno == errno.ENOMEM:
+        raise MemoryError from error
 
 
 def _explain(error: OSError, reasons: dict[int, tuple[str, str]]) -> tuple[str, str]:

@@ -198,6 +198,10 @@ def _serve() -> None:
     import dora_convert.execution.project
     import dora_convert.execution.run
     import dora_convert.execution.verify  # noqa: F401
+    from dora_convert.formats import formats
+
+    for name in formats.names():
+        formats.get(name)
 
     print("ready", flush=True)  # noqa: T201
     for line in sys.stdin:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from dora_convert.errors import InputError, OutputError
-from dora_convert.storage.oserrors import reading, writing
+from dora_convert.storage.oserrors import enough_memory, reading, writing
 
 FILE = Path("/data/model.safetensors")
 
@@ -47,6 +49,15 @@ def test_reading(code: int, what: str) -> None:
         raise OSError(code, "x")
     assert caught.value.what == f"model.safetensors cannot be read: {what}"
     assert caught.value.where == ("/data/model.safetensors",)
+
+
+@pytest.mark.parametrize("seam", [reading, writing])
+def test_no_memory_is_no_fault_of_a_file(
+    seam: Callable[[Path], AbstractContextManager[None]],
+) -> None:
+    told = pytest.raises(OutputError, match="the memory does not suffice")
+    with told, enough_memory(), seam(FILE):
+        raise OSError(errno.ENOMEM, "x")
 
 
 def test_error_without_a_number() -> None:
