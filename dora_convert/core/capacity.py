@@ -70,7 +70,7 @@ def losses(adapter: Adapter, capacity: Capacity) -> list[str]:
 
 def _module(module: DoraModule, capacity: Capacity) -> Iterator[str]:
     path = module.path
-    if isinstance(module.delta, Tucker | Hadamard | Kronecker):
+    if module.delta is not None and module.factors is None:
         yield f"{path}: an update that is no product of two matrices ({_FORMS[type(module.delta)]})"
     if module.kind is not LayerKind.LINEAR and module.kind not in capacity.kinds:
         yield f"{path}: an adapted {module.kind.value}"

@@ -27,11 +27,9 @@ __all__ = [
     "COMPONENTS",
     "ImageParts",
     "alpha_divisor",
+    "image_layout",
     "image_modules",
     "image_parts",
-    "is_ai_toolkit",
-    "is_diffusers",
-    "is_kohya",
     "no_writer",
     "whole_adapter",
 ]
@@ -67,8 +65,6 @@ _NAME = re.compile(
 )
 # Its layout says which axis it is of; a vector without a direction is one per output.
 _DIRECTED = ".dora_scale"
-
-
 # What no other layout of adapters has.
 _KOHYA = re.compile(
     r".+(?:\.lora_(?:down|up|mid)\.weight|\.dora_scale|\.(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))"
@@ -76,33 +72,23 @@ _KOHYA = re.compile(
 _AI_TOOLKIT = ".magnitude"
 
 
-def is_kohya(bundle: Bundle) -> bool:
-    """Whether it is an adapter that carries its scales as tensors, as kohya's scripts have it."""
+def image_layout(bundle: Bundle) -> str | None:
+    """The format that names speak for, "kohya", "ai_toolkit" or "diffusers"; None for no image's.
+
+    Files beside PEFT's config are PEFT's.
+    """
+    names = bundle.tensors
     if CONFIG in bundle.documents:
-        return False
-    alphas = any(name.endswith(".alpha") for name in bundle.tensors)
-    return any(_KOHYA.fullmatch(n) or (alphas and _is_a(n)) for n in bundle.tensors)
-
-
-def is_ai_toolkit(bundle: Bundle) -> bool:
-    """Whether magnitudes go by the name that ai-toolkit has for them."""
-    if CONFIG in bundle.documents or is_kohya(bundle):
-        return False
-    return any(
-        name.endswith(_AI_TOOLKIT) and f"{name.removesuffix(_AI_TOOLKIT)}{_A}" in bundle.tensors
-        for name in bundle.tensors
-    )
-
-
-def is_diffusers(bundle: Bundle) -> bool:
-    """Whether it is PEFT's state dict, a component's name before each, and no config beside it."""
-    if CONFIG in bundle.documents or is_kohya(bundle) or is_ai_toolkit(bundle):
-        return False
-    return any(_is_a(name) and name.startswith(COMPONENTS) for name in bundle.tensors)
-
-
-def _is_a(name: str) -> bool:
-    return name.endswith(_FACTORS)
+        return None
+    alphas = any(name.endswith(".alpha") for name in names)
+    if any(_KOHYA.fullmatch(name) or (alphas and name.endswith(_FACTORS)) for name in names):
+        return "kohya"
+    magnitudes = (n.removesuffix(_AI_TOOLKIT) for n in names if n.endswith(_AI_TOOLKIT))
+    if any(path + _A in names for path in magnitudes):
+        return "ai_toolkit"
+    if any(name.endswith(_FACTORS) and name.startswith(COMPONENTS) for name in names):
+        return "diffusers"
+    return None
 
 
 @dataclass(slots=True)

@@ -14,9 +14,9 @@ from typing import Final
 from dora_convert.core.adapter import Adapter, MagnitudeAxis
 from dora_convert.core.bundle import Bundle
 from dora_convert.core.image_adapter import (
+    image_layout,
     image_modules,
     image_parts,
-    is_ai_toolkit,
     no_writer,
     whole_adapter,
 )
@@ -35,7 +35,7 @@ class AiToolkitFormat:
 
     def detect(self, bundle: Bundle) -> bool:
         """Whether magnitudes go by its name for them, beside PEFT's factors."""
-        return is_ai_toolkit(bundle)
+        return image_layout(bundle) == "ai_toolkit"
 
     def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
         """See `AdapterFormat.read`."""

@@ -22,9 +22,9 @@ from dora_convert.core.image_adapter import (
     COMPONENTS,
     ImageParts,
     alpha_divisor,
+    image_layout,
     image_modules,
     image_parts,
-    is_diffusers,
     whole_adapter,
 )
 from dora_convert.core.peft_config import refuse_unmergeable, scalings
@@ -59,7 +59,7 @@ class DiffusersFormat:
 
     def detect(self, bundle: Bundle) -> bool:
         """Whether factors go by PEFT's names with a component's before them."""
-        return is_diffusers(bundle)
+        return image_layout(bundle) == "diffusers"
 
     def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
         """See `AdapterFormat.read`."""

@@ -20,9 +20,9 @@ from dora_convert.core.image_adapter import (
     ALPHA,
     ImageParts,
     alpha_divisor,
+    image_layout,
     image_modules,
     image_parts,
-    is_kohya,
     no_writer,
     whole_adapter,
 )
@@ -42,7 +42,7 @@ class KohyaFormat:
 
     def detect(self, bundle: Bundle) -> bool:
         """Whether parts go by names that only these trainers use."""
-        return is_kohya(bundle)
+        return image_layout(bundle) == "kohya"
 
     def read(self, bundle: Bundle, *, axis: MagnitudeAxis | None = None) -> Adapter:
         """See `AdapterFormat.read`."""

@@ -8,7 +8,6 @@ from typing import Final
 
 from dora_convert.core.tensors import COMPONENT_MARK
 from dora_convert.planning.lora import Lora, spelled
-from dora_convert.planning.names import Rows
 
 __all__ = ["ImagePlace", "image_place"]
 
@@ -22,8 +21,6 @@ _FILES: Final = (
     (re.compile(r"text_encoders\.clip_g\.transformer\."), "text_encoder_2"),
 )
 _UNET: Final = ("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.")
-
-
 # transformers 5 has done without the first name of CLIP's; whoever loads LoRAs knows it with it.
 _CLIP: Final = "text_model."
 _FLAT_CLIP: Final = ("encoder.layers.", "embeddings.")
@@ -80,9 +77,4 @@ def _component(name: str, lora: Lora) -> tuple[str | None, str]:
 def _is_stored(name: str, lora: Lora) -> bool:
     """Whether the base has the module's weight under that name, as it is."""
     origin = lora.names.origins.get(f"{name}.weight")
-    return (
-        isinstance(origin, tuple)
-        and len(origin) == 1
-        and isinstance(origin[0], Rows)
-        and origin[0].tensor == f"{name}.weight"
-    )
+    return isinstance(origin, tuple) and len(origin) == 1 and origin[0].tensor == f"{name}.weight"
