@@ -14,6 +14,7 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis
 from dora_convert.core.deltas import LowRank
 from dora_convert.core.plan import Job, Op, Plan, Shard
 from dora_convert.core.tensors import DType, TensorRef, TensorSpec
+from dora_convert.execution.update import Update
 from dora_convert.storage.header import read_header
 
 KINDS = {torch.float32: DType.F32, torch.bfloat16: DType.BF16, torch.float16: DType.F16}
@@ -92,3 +93,29 @@ class Recorder:
 
     def sealed(self, file: str) -> None:
         self.files.append(file)
+
+
+def near(got: Tensor, goal: Tensor, tolerance: float) -> None:
+    assert got.shape == goal.shape
+    assert float((got.double() - goal).norm()) <= tolerance * float(goal.norm())
+
+
+def check_update(update: Update, change: Tensor, delta: Tensor, tolerance: float) -> None:
+    """`change` is T and `delta` is D, both dense."""
+    rows, columns = change.shape
+    assert update.shape == (rows, columns)
+    x, y = random(columns, 3, seed=7).double(), random(rows, 3, seed=8).double()
+    image, returned = update.round_trip(x)
+    for got, goal in (
+        (update.times(x), change @ x),
+        (update.transposed_times(y), change.T @ y),
+        (image, change @ x),
+        (returned, change.T @ change @ x),
+        (update.row_squares, change.square().sum(dim=1)),
+        (update.column_squares, change.square().sum(dim=0)),
+    ):
+        near(got, goal, tolerance)
+    assert update.square == pytest.approx(float(change.square().sum()), rel=tolerance)
+    dropped = float((change - delta).square().sum())
+    assert update.by_magnitude == pytest.approx(dropped, rel=tolerance)
+    assert not update.faults

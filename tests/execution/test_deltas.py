@@ -23,7 +23,7 @@ from dora_convert.execution.lanes import Buffers, DeviceBuffers
 from dora_convert.execution.measure import module_sums
 from dora_convert.execution.project import Search, project, residuals
 from dora_convert.execution.run import run
-from dora_convert.execution.update import Update, open_update
+from dora_convert.execution.update import open_update
 from dora_convert.execution.verify import verify
 from dora_convert.maths.lowrank import Factors
 from dora_convert.maths.weighting import Weight
@@ -31,7 +31,7 @@ from dora_convert.storage.header import read_header
 from dora_convert.storage.reader import Reader
 from tests.elsewhere import Queue
 
-from .conftest import Recorder, Store, plan_of, random, written
+from .conftest import Recorder, Store, check_update, near, plan_of, random, written
 
 CASES = Path(__file__).parents[2] / "fixtures" / "lycoris"
 LAYERS = {
@@ -168,32 +168,6 @@ def test_the_check_recomputes_what_lycoris_gives(case: Path, tmp_path: Path) -> 
         assert differences(tmp_path / "wrong.safetensors") == (
             f"{name}: 1 values are not the recomputed ones",
         )
-
-
-def near(got: Tensor, goal: Tensor, tolerance: float) -> None:
-    assert got.shape == goal.shape
-    assert float((got.double() - goal).norm()) <= tolerance * float(goal.norm())
-
-
-def check(update: Update, change: Tensor, delta: Tensor, tolerance: float) -> None:
-    """`change` is T and `delta` is D, both dense."""
-    rows, columns = change.shape
-    assert update.shape == (rows, columns)
-    x, y = random(columns, 3, seed=7).double(), random(rows, 3, seed=8).double()
-    image, returned = update.round_trip(x)
-    for got, goal in (
-        (update.times(x), change @ x),
-        (update.transposed_times(y), change.T @ y),
-        (image, change @ x),
-        (returned, change.T @ change @ x),
-        (update.row_squares, change.square().sum(dim=1)),
-        (update.column_squares, change.square().sum(dim=0)),
-    ):
-        near(got, goal, tolerance)
-    assert update.square == pytest.approx(float(change.square().sum()), rel=tolerance)
-    dropped = float((change - delta).square().sum())
-    assert update.by_magnitude == pytest.approx(dropped, rel=tolerance)
-    assert not update.faults
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -410,7 +384,7 @@ def test_the_update_by_the_formula(
     span = slice(subject.piece.start, subject.piece.stop)
     change = (subject.expected - subject.weight.double())[span]
     with open_update(subject.base, subject.piece, Reader(), Buffers()) as update:
-        check(update, change, subject.delta, 1e-11 if dtype is torch.float32 else 2e-5)
+        check_update(update, change, subject.delta, 1e-11 if dtype is torch.float32 else 2e-5)
 
 
 @pytest.mark.parametrize(("axis", "is_part"), CHOICES)
@@ -421,7 +395,7 @@ def test_without_a_magnitude_the_weight_is_not_looked_at(
     base = store(w=torch.full_like(subject.weight, torch.nan))["w"]
     piece = replace(subject.piece, module=replace(subject.piece.module, magnitude=None))
     with open_update(base, piece, Reader(), Buffers()) as update:
-        check(update, subject.delta, subject.delta, 1e-11)
+        check_update(update, subject.delta, subject.delta, 1e-11)
 
 
 @pytest.mark.parametrize("make", ["hadamard", "kronecker"], indirect=True)

@@ -13,18 +13,14 @@ from dora_convert.core.adapter import DoraModule, MagnitudeAxis, MagnitudeKind
 from dora_convert.core.plan import Piece
 from dora_convert.core.tensors import TensorRef
 from dora_convert.execution.lanes import Buffers
-from dora_convert.execution.update import Update, open_update
+from dora_convert.execution.update import open_update
 from dora_convert.storage.pickled import read_pickle_header
 from dora_convert.storage.reader import Reader, RowBlocks
 
-from .conftest import Store, exact, module
+from .conftest import Store, check_update, exact, module, random
 
 SHAPES = [(37, 23), (1, 9), (40, 1), (5, 60)]
 OUT, IN = MagnitudeAxis.OUT, MagnitudeAxis.IN
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def parts(rows: int, columns: int, axis: MagnitudeAxis) -> dict[str, Tensor]:
@@ -43,34 +39,13 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Buffers, "kept_bytes", request.param[1])
 
 
-def check(update: Update, dense: Tensor, low_rank: Tensor, tolerance: float) -> None:
-    rows, columns = dense.shape
-    assert update.shape == (rows, columns)
-    x, y = random(columns, 3, seed=7).double(), random(rows, 3, seed=8).double()
-    image, returned = update.round_trip(x)
-    for got, goal in (
-        (update.times(x), dense @ x),
-        (update.transposed_times(y), dense.T @ y),
-        (image, dense @ x),
-        (returned, dense.T @ dense @ x),
-        (update.row_squares, dense.square().sum(dim=1)),
-        (update.column_squares, dense.square().sum(dim=0)),
-    ):
-        assert got.shape == goal.shape
-        assert float((got.double() - goal).norm()) <= tolerance * float(goal.norm())
-    assert update.square == pytest.approx(float(dense.square().sum()), rel=tolerance)
-    dropped = float((dense - low_rank).square().sum())
-    assert update.by_magnitude == pytest.approx(dropped, rel=tolerance)
-    assert not update.faults
-
-
 def compare(base: TensorRef, weight: Tensor, made: DoraModule, tensors: dict[str, Tensor]) -> None:
     dim = 1 if made.axis is OUT else 0
     merged = exact(weight, **tensors, dim=dim)
     low_rank = 0.5 * tensors["up"].double() @ tensors["down"].double()
     with open_update(base, Piece(0, len(weight), made), Reader(), Buffers()) as update:
         tolerance = 1e-12 if weight.dtype is torch.float32 else 2e-5
-        check(update, merged - weight.double(), low_rank, tolerance)
+        check_update(update, merged - weight.double(), low_rank, tolerance)
 
 
 @pytest.mark.parametrize("axis", MagnitudeAxis)
@@ -102,7 +77,7 @@ def test_transposed_layers(store: Store, axis: MagnitudeAxis) -> None:
     dense = (exact(weight, **tensors, dim=1 if axis is OUT else 0) - weight.double()).T
     low_rank = 0.5 * (tensors["up"].double() @ tensors["down"].double()).T
     with open_update(base, Piece(0, 7, made), Reader(), Buffers()) as update:
-        check(update, dense, low_rank, 1e-12)
+        check_update(update, dense, low_rank, 1e-12)
 
 
 @pytest.mark.parametrize("axis", MagnitudeAxis)
@@ -113,7 +88,7 @@ def test_plain_lora_does_not_look_at_the_weight(store: Store, axis: MagnitudeAxi
     made = replace(module(refs, axis), magnitude=None)
     low_rank = 0.5 * tensors["up"].double() @ tensors["down"].double()
     with open_update(base, Piece(0, 20, made), Reader(), Buffers()) as update:
-        check(update, low_rank, low_rank, 1e-12)
+        check_update(update, low_rank, low_rank, 1e-12)
 
 
 @pytest.mark.parametrize("axis", MagnitudeAxis)
@@ -126,7 +101,9 @@ def test_magnitude_only(store: Store, axis: MagnitudeAxis, dtype: torch.dtype) -
     merged = exact(weight, **tensors, dim=1 if axis is OUT else 0, scaling=0.0)
     dense = merged - weight.double()
     with open_update(store(w=weight)["w"], Piece(0, 20, made), Reader(), Buffers()) as update:
-        check(update, dense, torch.zeros_like(dense), 1e-12 if dtype is torch.float32 else 2e-5)
+        check_update(
+            update, dense, torch.zeros_like(dense), 1e-12 if dtype is torch.float32 else 2e-5
+        )
 
 
 def test_no_change_at_all(store: Store) -> None:
@@ -149,7 +126,7 @@ def test_a_part_of_a_fused_tensor(store: Store, dtype: torch.dtype) -> None:
     low_rank = 0.5 * own["up"].double() @ own["down"].double()
     piece = Piece(10, 25, module(refs), offset=5)
     with open_update(store(w=weight)["w"], piece, Reader(), Buffers()) as update:
-        check(update, dense, low_rank, 1e-12 if dtype is torch.float32 else 2e-5)
+        check_update(update, dense, low_rank, 1e-12 if dtype is torch.float32 else 2e-5)
 
 
 def test_a_tiny_change_is_not_lost_in_the_weight(store: Store) -> None:
